@@ -1,0 +1,1 @@
+"""Domains and token store, batch plan, journal, controller, policies, feeders."""

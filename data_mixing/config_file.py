@@ -1,0 +1,118 @@
+"""YAML files to typed configurations: every mistake is one line that names file, key and the nearest valid key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mixwright.data_mixing.errors import ConfigError, nearest
+
+
+class StrictModel(BaseModel):
+    """A frozen configuration or record: unknown keys are errors, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
+    """Read `path` as `model`, with `key.sub=value` overrides applied first.
+
+    Raises ConfigError when the file is missing, is not a YAML mapping, or does not fit the model.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        set_override(tree, override)
+    return validate(model, tree, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ConfigError naming the file (and line, for a syntax error)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file{nearest(path.name, siblings) if siblings else ''}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(tree).__name__}")
+    return tree
+
+
+def set_override(tree: dict[str, Any], override: str) -> None:
+    """Apply one `key.sub=value` (value read as YAML) to a nested mapping in place."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key.sub=value")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+
+
+def validate(model: type[Model], tree: Mapping[str, Any], origin: str) -> Model:
+    """`tree` as `model`; raises ConfigError with one line per mistake, prefixed by `origin`."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{origin}: {_describe(model, item)}" for item in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _describe(model: type[BaseModel], item: Any) -> str:
+    """One pydantic error as `key.sub: what is wrong (found ...)`."""
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(path[-1], _keys_at(model, path[:-1]))}"
+    if item["type"] == "missing":
+        return f"{key}: required key is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    found = item["input"]
+    shown = "" if isinstance(found, (dict, list, BaseModel)) else f" (found {found!r})"
+    return f"{key}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _keys_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
+    """Names of the fields that are valid below `path`, following nested and union-typed models."""
+    models = [model]
+    for part in path:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        # Parts that are no field name (an index, a mapping key, a union tag) stay at the same models.
+        if fields:
+            models = [found for field in fields for found in _models_in(field.annotation)]
+        else:
+            tagged = [m for m in models if part in _tags(m)]
+            models = tagged or models
+    return [name for m in models for name in m.model_fields]
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """Values of a model's `kind` field, by which pydantic labels the member of a tagged union."""
+    field = model.model_fields.get("kind")
+    return set(map(str, get_args(field.annotation))) if field else set()
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]

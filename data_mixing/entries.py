@@ -1,0 +1,166 @@
+"""Bodies of the journal's entries: what is recorded of a run, and by whom.
+
+| type | writer | says |
+|---|---|---|
+| GENESIS | leader | what the run is: seed, shape of a step, domains; entry 0 |
+| LEASE | controller, leader | who holds a role from here on; an older holder must stop writing |
+| POLICY | controller (entry after GENESIS: leader) | an accepted proposal: a program of integer mixtures |
+| REJECT | controller | a refused proposal and the reason |
+| CANCEL | controller | a POLICY that must no longer be committed |
+| COMMIT | leader | a POLICY is in force from `effective_step` on |
+| REPORT | leader | per-domain loss sums of a window of steps, or of a validation |
+| CHECKPOINT | leader | a checkpoint was written |
+| END | leader | the run is over, and why |
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mixwright.data_mixing.config_file import StrictModel
+from mixwright.data_mixing.domain import Cap, Domain
+
+PROPORTION_TOTAL = 1 << 31
+"""Mixtures are stored as integers with this sum, so that the plan is exact integer arithmetic."""
+
+
+class Genesis(StrictModel):
+    """What a run is. `rows_per_step` rows of `sequence_length + 1` tokens make one optimizer step."""
+
+    run: str
+    seed: int = Field(ge=0, lt=1 << 63)
+    plan_version: Literal[1] = 1
+    sequence_length: int = Field(gt=0)
+    rows_per_step: int = Field(gt=0)
+    num_steps: int = Field(gt=0)
+    store_fingerprint: str
+    domains: tuple[Domain, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Genesis:
+        names = [domain.name for domain in self.domains]
+        if len(set(names)) != len(names):
+            raise ValueError("domain names must be distinct")
+        return self
+
+
+class Segment(StrictModel):
+    """From `start_step` on: one mixture, as integers in catalogue order with sum PROPORTION_TOTAL."""
+
+    start_step: int = Field(ge=0)
+    proportions: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _sums_to_total(self) -> Segment:
+        if min(self.proportions, default=-1) < 0 or sum(self.proportions) != PROPORTION_TOTAL:
+            raise ValueError(f"proportions must be non-negative integers with sum {PROPORTION_TOTAL}")
+        return self
+
+
+class PolicyEntry(StrictModel):
+    """An accepted proposal. `program` is in absolute training steps, its first segment starts at 0.
+
+    `document` is what the user submitted; `caps` overrides the catalogue's cap by domain name.
+    `at_step` asks for an effective step; None means as soon as possible. A shadow is never committed.
+    """
+
+    document: dict[str, Any]
+    program: tuple[Segment, ...] = Field(min_length=1)
+    caps: dict[str, Cap] = {}
+    at_step: int | None = Field(default=None, ge=0)
+    shadow: bool = False
+    author: str = ""
+    why: str = ""
+
+    @model_validator(mode="after")
+    def _program_is_ordered(self) -> PolicyEntry:
+        starts = [segment.start_step for segment in self.program]
+        if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
+            raise ValueError(f"program must start at step 0 and have increasing start steps, found {starts[:10]}")
+        return self
+
+
+class Reject(StrictModel):
+    """A refused proposal: what was submitted and why it cannot be taken."""
+
+    document: Any
+    reason: str
+    author: str = ""
+
+
+class Cancel(StrictModel):
+    """A POLICY that was withdrawn before it was committed."""
+
+    policy_lsn: int = Field(ge=0)
+    author: str = ""
+    why: str = ""
+
+
+class Commit(StrictModel):
+    """The policy of entry `policy_lsn` is in force from `effective_step` on.
+
+    `plan_digest` fingerprints the plan's derived state at `effective_step` (cursors and credits), so that
+    replay can prove that it derives the same.
+    """
+
+    policy_lsn: int = Field(ge=0)
+    effective_step: int = Field(ge=0)
+    plan_digest: str
+
+
+class DomainLoss(StrictModel):
+    """Sums over one domain: `loss_sum` and `loss_square_sum` over tokens, in nats of plain cross-entropy."""
+
+    loss_sum: float
+    loss_square_sum: float
+    num_tokens: int = Field(ge=0)
+    num_rows: int = Field(ge=0)
+
+
+class Report(StrictModel):
+    """Per-domain losses of steps [first_step, last_step], over all ranks; domains with no row are left out.
+
+    `digest` is the sum (mod 2**64, hex) of the step digests of the rows really trained on; "" for validation.
+    """
+
+    kind: Literal["train", "validation"]
+    first_step: int = Field(ge=0)
+    last_step: int = Field(ge=0)
+    domains: dict[str, DomainLoss]
+    digest: str = ""
+    attempt: int = Field(ge=0)
+
+
+class Checkpoint(StrictModel):
+    """A checkpoint after `step` optimizer steps; `tag` is its folder, `digest` the run digest up to it."""
+
+    step: int = Field(ge=0)
+    tag: str
+    digest: str
+
+
+class Lease(StrictModel):
+    """`holder` has this role from here on; `epoch` grows by one with each holder of the role."""
+
+    role: Literal["controller", "trainer"]
+    holder: str
+    epoch: int = Field(ge=0)
+
+
+class End(StrictModel):
+    """The run is over after `step` steps."""
+
+    step: int = Field(ge=0)
+    reason: Literal["complete", "exhausted"]
+    digest: str
+
+
+EntryBody = Genesis | PolicyEntry | Reject | Cancel | Commit | Report | Checkpoint | Lease | End
+
+BODY_TYPES: dict[str, type[StrictModel]] = {
+    "GENESIS": Genesis, "POLICY": PolicyEntry, "REJECT": Reject, "CANCEL": Cancel, "COMMIT": Commit,
+    "REPORT": Report, "CHECKPOINT": Checkpoint, "LEASE": Lease, "END": End,
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Mixing policies, one file each; looked up by their `kind` (see `mixwright.data_mixing.policy`)."""
