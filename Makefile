@@ -1,0 +1,68 @@
+# Every target does its own set-up and is safe to run again. Python 3.11 or newer, make, gcc and g++ are all it needs.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= quickstart
+
+# Compiled bytecode halves the start of every process; some images switch it off.
+export PYTHONDONTWRITEBYTECODE =
+# The quickstart and the tests read local data and small local models only.
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export RAY_USAGE_STATS_ENABLED = 0
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help install quickstart test lint format types check bench bench-kernels bench-data clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(VENV)/.installed  ## virtual environment with pinned versions
+
+# torch goes first and by pip, which also finds wheels on disk; uv installs the rest in seconds.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== installing into $(VENV) (about 1 minute) =="
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: install  ## train a small model on real text, fed by the mixing service (about 5 minutes)
+	$(BIN)/python launch/quickstart.py --run $(RUN)
+
+test: install  ## the whole CPU suite
+	$(BIN)/python -m pytest
+
+lint: install  ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install  ## rewrite files in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# mypy sees the import names mixwright.<folder> through links, which git ignores.
+.typecheck/mixwright: Makefile
+	@mkdir -p $@
+	@for room in kernels data_mixing pretrain launch; do ln -sfn ../../$$room $@/$$room; done
+	@touch $@
+
+types: install .typecheck/mixwright  ## static types
+	$(BIN)/mypy
+
+check: lint types test  ## all of the above
+
+bench: install  ## training throughput beside transformers.Trainer, in one run
+	$(BIN)/python -m tests.benchmarks.bench_training
+
+bench-data: install  ## row gather, plan and journal
+	$(BIN)/python -m tests.benchmarks.bench_gather
+	$(BIN)/python -m tests.benchmarks.bench_plan
+
+bench-kernels: install  ## loss kernels beside plain torch
+	$(BIN)/python -m tests.benchmarks.bench_linear_nll
+
+clean:  ## remove the virtual environment and caches; runs are kept
+	rm -rf $(VENV) .typecheck .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

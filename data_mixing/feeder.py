@@ -1,0 +1,168 @@
+"""What a training rank holds: batches of the plan, prepared ahead by a thread, and commits applied at their step.
+
+Needs neither Ray nor torch. A rank follows the journal only as far as the leader has announced it
+(`follow`), so that all ranks switch at exactly the effective step.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixwright.data_mixing.entries import Genesis
+from mixwright.data_mixing.errors import JournalError, StoreChanged
+from mixwright.data_mixing.history import RunHistory
+from mixwright.data_mixing.journal import Journal
+from mixwright.data_mixing.plan import Plan, rank_positions, rows_digest
+from mixwright.data_mixing.store import TokenStore
+
+logger = logging.getLogger(__name__)
+
+VISIBLE_TIMEOUT_S = 60.0
+"""How long an announced journal entry may take to become visible on this rank's file system."""
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One rank's rows of one step, in order: tokens int64 [n, T+1], domains [n] in catalogue order, digest share."""
+
+    step: int
+    tokens_nS: NDArray[np.int64]
+    domain_n: NDArray[np.int64]
+    digest: int
+
+
+class Feeder:
+    """Batches of one rank from `start_step` on. Use as a context manager: leaving it ends the thread."""
+
+    def __init__(
+        self,
+        journal_folder: Path,
+        store: TokenStore,
+        *,
+        rank: int,
+        num_ranks: int,
+        start_step: int,
+        prefetch_steps: int,
+    ) -> None:
+        self._journal = Journal(journal_folder, writer=f"rank-{rank}")
+        self._history = RunHistory()
+        self._read_journal()
+        self.genesis: Genesis = self._history.genesis
+        self._store = store
+        self._store_index = store_order(self.genesis, store)
+        self._positions = rank_positions(self.genesis.rows_per_step, rank, num_ranks)
+        self._plan = self._history.plan()
+        self._plan_lock = threading.Lock()
+        self._next_step = start_step
+        self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(maxsize=prefetch_steps)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._prepare, name="feeder", daemon=True)
+        self.wait_seconds = 0.0
+
+    def __enter__(self) -> Feeder:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=10.0)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as far as the leader has announced commits."""
+        return self._plan
+
+    @property
+    def committed_lsn(self) -> int:
+        """Entry of the newest commit that this rank follows."""
+        return self._history.last_commit_lsn
+
+    def next(self) -> StepRows:
+        """The next step's rows; raises DomainExhausted when the plan ends, and whatever broke the thread."""
+        started = time.perf_counter()
+        item = self._ready.get()
+        self.wait_seconds += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def follow(self, lsn: int) -> None:
+        """Apply commits up to journal entry `lsn`, which the leader announced. Cheap when nothing is new."""
+        if lsn <= self.committed_lsn:
+            return
+        deadline = time.monotonic() + VISIBLE_TIMEOUT_S
+        while self.committed_lsn < lsn:
+            if time.monotonic() > deadline:
+                raise JournalError(
+                    f"commit entry {lsn} was announced but is not visible here after {VISIBLE_TIMEOUT_S:g} s: "
+                    "is the run folder on a file system that all nodes share?"
+                )
+            if not self._read_journal():
+                time.sleep(0.02)
+        with self._plan_lock:
+            effective_step = self._history.commits[-1].effective_step
+            if effective_step < self._next_step:
+                raise JournalError(
+                    f"commit entry {lsn} takes effect at step {effective_step}, but step {self._next_step - 1} is already "
+                    "prepared on this rank: mixing.lead_steps is too small"
+                )
+            self._plan = self._history.plan()
+
+    def _read_journal(self) -> int:
+        entries = self._journal.poll()
+        for entry in entries:
+            self._history.apply(entry)
+        return len(entries)
+
+    def _prepare(self) -> None:
+        """Thread: prepare steps in order until told to stop."""
+        try:
+            while not self._stopping.is_set():
+                self._offer(self._gather_next())
+        except Exception as error:  # handed to the training thread, which raises it
+            self._offer(error)
+
+    def _gather_next(self) -> StepRows:
+        with self._plan_lock:
+            plan, step = self._plan, self._next_step
+            self._next_step += 1
+        refs = plan.rows(step, self._positions)
+        tokens_nS = self._store.gather(self._store_index[refs.domain_n], refs.row_n).astype(np.int64)
+        return StepRows(step, tokens_nS, refs.domain_n, rows_digest(self.genesis, step, refs))
+
+    def _offer(self, item: StepRows | BaseException) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+
+def store_order(genesis: Genesis, store: TokenStore) -> NDArray[np.int64]:
+    """Index in the store of each domain of the run; raises StoreChanged when the store is another one."""
+    if store.fingerprint != genesis.store_fingerprint:
+        raise StoreChanged(
+            f"{store.folder}: the token store has fingerprint {store.fingerprint}, but the run was started on "
+            f"{genesis.store_fingerprint}: restore the old store or start a new run"
+        )
+    names = [domain.name for domain in store.domains()]
+    return np.array([names.index(domain.name) for domain in genesis.domains], dtype=np.int64)
+
+
+def micro_batches(rows: StepRows, num_rows: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Consecutive pieces of `num_rows` rows: tokens [b, T+1], domains [b]."""
+    for first in range(0, len(rows.domain_n), num_rows):
+        yield rows.tokens_nS[first : first + num_rows], rows.domain_n[first : first + num_rows]

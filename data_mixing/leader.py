@@ -1,0 +1,211 @@
+"""The leader's hand in the journal: commits policies with an effective step, records reports and checkpoints.
+
+Runs on global rank 0. All journal input and output happens on one background thread, never inside a step. The leader
+commits what the controller proposed; it does not need the controller to be alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from types import TracebackType
+
+from mixwright.data_mixing.entries import Commit, EntryBody, Genesis, Lease, PolicyEntry
+from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
+from mixwright.data_mixing.history import CommittedPolicy, RunHistory
+from mixwright.data_mixing.journal import Entry, Journal
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 0.1
+RETRY_INTERVAL_S = 5.0
+REACH_STEPS = 64
+"""A policy with `at_step` is committed this many steps early, so that a slow journal does not make it late."""
+COMMIT_TIMEOUT_S = 120.0
+"""How long training waits at the edge of a commit that is being written to a slow journal."""
+
+
+class Leader:
+    """Use as a context manager: leaving it writes what is queued and ends the thread."""
+
+    def __init__(
+        self, journal: Journal, history: RunHistory, *, start_step: int, lead_steps: int, prefetch_steps: int
+    ) -> None:
+        """`journal` must hold the trainer's lease and `history` be its fold."""
+        self._journal, self._history = journal, history
+        self._lead_steps = lead_steps
+        # A feeder in step s may hold s+1 .. s+prefetch in its queue and s+prefetch+1 in its hand.
+        self._announce_margin = prefetch_steps + 2
+        self._announced_lsn = history.last_commit_lsn
+        self._outbox: queue.Queue[EntryBody] = queue.Queue()
+        self._failure: Exception | None = None
+        self._stopping = threading.Event()
+        self._state = threading.Condition()
+        self._current_step = start_step
+        self._writing_effective_step: int | None = None
+        self._thread = threading.Thread(target=self._run, name="leader", daemon=True)
+
+    def __enter__(self) -> Leader:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=COMMIT_TIMEOUT_S)
+        if kind is None:
+            self._raise_failure()
+            if not self._outbox.empty():
+                raise JournalError(f"{self._journal.folder}: {self._outbox.qsize()} entries could not be written")
+
+    @property
+    def announced_lsn(self) -> int:
+        """Entry of the newest commit that is safely in the journal."""
+        return self._announced_lsn
+
+    def begin_step(self, step: int) -> None:
+        """Say that `step` begins. Waits only while a commit that this step comes too close to is being written."""
+        self._raise_failure()
+        with self._state:
+            self._current_step = step
+            clear = self._state.wait_for(lambda: not self._is_too_close(step), timeout=COMMIT_TIMEOUT_S)
+        if not clear:
+            raise JournalError(f"{self._journal.folder}: a commit could not be written within {COMMIT_TIMEOUT_S:g} s")
+
+    def write(self, body: EntryBody) -> None:
+        """Queue an entry (a report, checkpoint or end) for the journal."""
+        self._outbox.put(body)
+
+    def _is_too_close(self, step: int) -> bool:
+        """Whether the control word of `step` is the last one that can announce the commit under way in time."""
+        effective_step = self._writing_effective_step
+        return effective_step is not None and step >= effective_step - self._announce_margin
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        """Thread: write what is queued, read what is new, commit what is due."""
+        while True:
+            stopping = self._stopping.is_set()
+            try:
+                self._write_queued()
+                self._read_new()
+                if not stopping:
+                    self._commit_due()
+            except JournalConflict as error:
+                self._failure = error
+                return
+            except JournalError as error:
+                # Training goes on with the last committed policy while the journal's storage is away.
+                logger.warning("the journal cannot be used, trying again in %g s: %s", RETRY_INTERVAL_S, error)
+                if stopping:
+                    self._failure = error
+                    return
+                self._stopping.wait(RETRY_INTERVAL_S)
+            except Exception as error:
+                self._failure = error
+                return
+            if stopping:
+                return
+            self._stopping.wait(POLL_INTERVAL_S)
+
+    def _write_queued(self) -> None:
+        while not self._outbox.empty():
+            body = self._outbox.queue[0]
+            self._journal.append(body)
+            self._outbox.get_nowait()
+
+    def _read_new(self) -> None:
+        for entry in self._journal.poll():
+            self._history.apply(entry)
+
+    def _commit_due(self) -> None:
+        for lsn, policy in self._history.pending():
+            with self._state:
+                effective_step = self._effective_step(policy)
+                if effective_step is None:
+                    continue
+                self._writing_effective_step = effective_step
+            try:
+                self._commit(lsn, policy, effective_step)
+            finally:
+                with self._state:
+                    self._writing_effective_step = None
+                    self._state.notify_all()
+
+    def _effective_step(self, policy: PolicyEntry) -> int | None:
+        """The step from which `policy` can hold, None while its time is not within reach."""
+        soonest = self._current_step + self._lead_steps
+        if self._history.commits:
+            soonest = max(soonest, self._history.commits[-1].effective_step)
+        wanted = policy.at_step if policy.at_step is not None else soonest
+        return None if wanted > soonest + REACH_STEPS else max(wanted, soonest)
+
+    def _commit(self, lsn: int, policy: PolicyEntry, effective_step: int) -> None:
+        commit = commit_body(self._history, lsn, policy, effective_step)
+        entry = self._journal.append(commit)
+        self._read_new()
+        self._announced_lsn = entry.lsn
+        logger.info("policy %d is committed: effective from step %d", lsn, effective_step)
+
+
+def commit_body(history: RunHistory, lsn: int, policy: PolicyEntry, effective_step: int) -> Commit:
+    """The COMMIT entry of a policy, with the digest of the plan's state that it leads to."""
+    plan = history.plan().extended(CommittedPolicy(effective_step, lsn, policy))
+    return Commit(policy_lsn=lsn, effective_step=effective_step, plan_digest=plan.state_digest(effective_step))
+
+
+def open_run(journal: Journal, genesis: Genesis, first_policy: PolicyEntry) -> tuple[RunHistory, Lease]:
+    """Start or continue a run as its trainer: the first entries exist, the trainer's lease is ours.
+
+    Raises StoreChanged or JournalError when the journal was begun with other settings.
+    """
+    history = RunHistory()
+    for entry in journal.poll():
+        history.apply(entry)
+    if not history.has_genesis:
+        journal.append(genesis)
+        _catch_up(journal, history)
+    check_genesis(history.genesis, genesis)
+    lease = journal.acquire("trainer")
+    _catch_up(journal, history)
+    if not history.commits:
+        entry = _first_policy_entry(journal, history, first_policy)
+        journal.append(commit_body(history, entry, history.policies[entry], 0))
+        _catch_up(journal, history)
+    return history, lease
+
+
+def _first_policy_entry(journal: Journal, history: RunHistory, first_policy: PolicyEntry) -> int:
+    """Entry of the policy to begin with: written now, or by an attempt that was killed before it committed."""
+    for lsn, policy in history.policies.items():
+        if policy == first_policy:
+            return lsn
+    entry: Entry = journal.append(first_policy)
+    _catch_up(journal, history)
+    return entry.lsn
+
+
+def _catch_up(journal: Journal, history: RunHistory) -> None:
+    for entry in journal.poll():
+        history.apply(entry)
+
+
+def check_genesis(recorded: Genesis, wanted: Genesis) -> None:
+    """Raise when a run is continued with settings that would change what it reads."""
+    if recorded.store_fingerprint != wanted.store_fingerprint:
+        raise StoreChanged(
+            f"the token store has fingerprint {wanted.store_fingerprint}, but the run was started on "
+            f"{recorded.store_fingerprint}: restore the old store or start a new run"
+        )
+    different = [
+        f"{name} = {getattr(wanted, name)!r} (the run has {getattr(recorded, name)!r})"
+        for name in ("run", "seed", "sequence_length", "rows_per_step", "num_steps", "domains")
+        if getattr(recorded, name) != getattr(wanted, name)
+    ]
+    if different:
+        raise JournalError(f"this run was started with other settings; start a new run for: {'; '.join(different)}")

@@ -1,0 +1,176 @@
+"""Checkpoints: DeepSpeed's files, our position in the data, and a seal that says all of it is on disk.
+
+A checkpoint folder is valid once it holds `sealed.json` (written last: sizes of all files, the run, ranks and ZeRO
+stage). `latest` is replaced atomically after that. Loading takes the newest valid one and says which it passed over.
+
+Resume on another number of ranks: whole optimizer states (ZeRO 0 in float32) load as they are; sharded ones (ZeRO 1-3,
+bfloat16) are first converted by DeepSpeed to its universal format, beside the checkpoint, once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixwright.data_mixing.entries import Checkpoint
+from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.engine import Engine, convert_to_universal
+from mixwright.pretrain.errors import CheckpointMismatch, TrainingError
+from mixwright.pretrain.loop import Position
+from mixwright.pretrain.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+SEAL = "sealed.json"
+_TAG = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A valid checkpoint on disk."""
+
+    tag: str
+    position: Position
+    num_ranks: int
+    zero_stage: int
+
+
+class Checkpoints:
+    """The checkpoint folder of a run."""
+
+    def __init__(self, folder: Path, config: PretrainConfig, ranks: Ranks) -> None:
+        self._folder, self._config, self._ranks = folder, config, ranks
+
+    def save(self, engine: Engine, position: Position) -> Checkpoint:
+        """Write and seal a checkpoint, move `latest`, drop old ones. Collective.
+
+        Raises TrainingError when it cannot be written; the earlier checkpoints stay as they are.
+        """
+        tag = f"step-{position.step:08d}"
+        if self._ranks.is_leader:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep_unsealed()
+        self._ranks.barrier()
+        try:
+            engine.save(self._folder, tag, {"step": position.step, "run_digest": position.run_digest})
+            self._ranks.barrier()
+            if self._ranks.is_leader:
+                self._seal(tag, position)
+                self._drop_old()
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(self._folder / tag, ignore_errors=True)
+            reason = " ".join(str(error).split())[:200]
+            raise TrainingError(f"{self._folder / tag}: the checkpoint cannot be written: {reason}") from error
+        self._ranks.barrier()
+        return Checkpoint(step=position.step, tag=tag, digest=f"{position.run_digest:016x}")
+
+    def find(self, say: Callable[[str], None]) -> Found | None:
+        """The newest valid checkpoint, None when there is none; `say` hears of damaged ones."""
+        for tag in sorted(_tags(self._folder), reverse=True):
+            problem = _damage(self._folder / tag)
+            if problem is None:
+                seal = json.loads((self._folder / tag / SEAL).read_text())
+                self._check_same_run(tag, seal)
+                position = Position(seal["step"], int(seal["run_digest"], 16))
+                return Found(tag, position, seal["num_ranks"], seal["zero_stage"])
+            if problem != "unfinished":
+                say(f"checkpoint {tag} is damaged ({problem}): falling back to the one before it")
+        return None
+
+    def load(self, engine: Engine, found: Found) -> Position:
+        """Load `found` into the engine, whatever number of ranks wrote it. Collective."""
+        folder, tag = self._folder, found.tag
+        is_sharded = any((folder / tag).glob("*zero_pp_rank_*_optim_states.pt"))
+        universal = is_sharded and found.num_ranks != self._ranks.size
+        if universal:
+            tag = f"{found.tag}-universal"
+            if self._ranks.is_leader and not (folder / tag / SEAL).exists():
+                shutil.rmtree(folder / tag, ignore_errors=True)
+                convert_to_universal(folder / found.tag, folder / tag)
+                _write_atomically(folder / tag / SEAL, json.dumps({"converted_from": found.tag}))
+            self._ranks.barrier()
+        state = engine.load(folder, tag, universal=universal)
+        if state.get("step", found.position.step) != found.position.step:
+            raise CheckpointMismatch(f"{folder / tag}: holds step {state.get('step')}, its seal says {found.position.step}")
+        return found.position
+
+    def _seal(self, tag: str, position: Position) -> None:
+        path = self._folder / tag
+        files = {str(f.relative_to(path)): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
+        for name in files:
+            _sync(path / name)
+        seal = {
+            "run": self._config.run.name,
+            "step": position.step,
+            "run_digest": f"{position.run_digest:016x}",
+            "num_ranks": self._ranks.size,
+            "zero_stage": self._config.training.zero_stage,
+            "files": files,
+        }
+        _write_atomically(path / SEAL, json.dumps(seal, indent=1))
+        _write_atomically(self._folder / "latest", tag)
+
+    def _drop_old(self) -> None:
+        for tag in sorted(_tags(self._folder))[: -self._config.checkpoint.keep]:
+            for folder in (self._folder / tag, self._folder / f"{tag}-universal"):
+                # The seal goes first, so that a kill in between leaves nothing that looks whole.
+                (folder / SEAL).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep_unsealed(self) -> None:
+        for folder in self._folder.glob("step-*"):
+            if not (folder / SEAL).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _check_same_run(self, tag: str, seal: dict[str, Any]) -> None:
+        stage = self._config.training.zero_stage
+        if seal["run"] != self._config.run.name:
+            raise CheckpointMismatch(f"{self._folder / tag}: belongs to run {seal['run']!r}, not {self._config.run.name!r}")
+        if seal["zero_stage"] != stage:
+            raise CheckpointMismatch(
+                f"{self._folder / tag}: was written with training.zero_stage = {seal['zero_stage']}, "
+                f"the configuration says {stage}"
+            )
+
+
+def _tags(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("step-*") if _TAG.fullmatch(path.name)]
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, None when it is whole."""
+    if not (path / SEAL).exists():
+        return "unfinished"
+    try:
+        seal = json.loads((path / SEAL).read_text())
+        for name, size in seal["files"].items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{SEAL}: {error}"
+    return None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""The configuration of a pretraining run: what a YAML file in `configs/` may say, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mixwright.data_mixing.config_file import StrictModel, load_config, read_yaml
+from mixwright.data_mixing.errors import ConfigError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.rows_per_step",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_rows",
+    "gradient_accumulation_steps": "training.rows_per_step and training.micro_batch_rows",
+    "gradient_clipping": "training.clip_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
+"""DeepSpeed settings that have one place already, and where."""
+
+
+class RunConfig(StrictModel):
+    """Name, home and seed of the run; everything that it writes is below `folder`/`name`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")
+    folder: Path = Path("runs")
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
+
+
+class DataConfig(StrictModel):
+    """The token store to read. `prepare` names the configuration that makes it when it is not there yet."""
+
+    store: Path
+    prepare: Path | None = None
+
+
+class ModelConfig(StrictModel):
+    """Any `transformers` causal language model: a new one from `config`, or the checkpoint at `path`.
+
+    `config` is passed to `AutoConfig.for_model` (it must hold `model_type`); the store's vocabulary size is
+    filled in when `vocab_size` is not given.
+    """
+
+    config: dict[str, Any] | None = None
+    path: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.config is None) == (self.path is None):
+            raise ValueError("exactly one of `config` (a new model) and `path` (a checkpoint) must be given")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` needs a `model_type`, e.g. llama or gpt2")
+        return self
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW; decay applies to matrices only (parameters with two or more dimensions), never to norms and biases."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+
+
+class ScheduleConfig(StrictModel):
+    """Learning rate over steps: warm-up, then cosine to `final_ratio`, or stable then a linear decay (WSD)."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0, description="length of the final decay, wsd only")
+    final_ratio: Share = 0.1
+
+    @model_validator(mode="after")
+    def _decay_is_for_wsd(self) -> ScheduleConfig:
+        if (self.kind == "wsd") != (self.decay_steps > 0):
+            raise ValueError("decay_steps > 0 goes with kind: wsd, and only with it")
+        return self
+
+
+class DropoutPoint(StrictModel):
+    """Dropout probability from `step` on."""
+
+    step: int = Field(ge=0)
+    p: float = Field(ge=0, lt=1)
+
+
+class TrainingConfig(StrictModel):
+    """Shape of the run. `rows_per_step` is the global batch: it does not change with the number of ranks.
+
+    `z_loss` is the coefficient of PaLM's `lse**2` term, averaged over tokens. `dropout` is a step function of
+    the optimizer step; empty leaves the model's own setting.
+    """
+
+    num_steps: Positive
+    rows_per_step: Positive
+    micro_batch_rows: Positive
+    clip_norm: float = Field(default=1.0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    z_loss: float = Field(default=0.0, ge=0)
+    dropout: tuple[DropoutPoint, ...] = ()
+    num_threads: int | None = Field(default=None, gt=0, description="CPU threads per rank")
+
+    @field_validator("dropout")
+    @classmethod
+    def _ordered(cls, points: tuple[DropoutPoint, ...]) -> tuple[DropoutPoint, ...]:
+        if any(a.step >= b.step for a, b in zip(points, points[1:], strict=False)):
+            raise ValueError("dropout points must have increasing steps")
+        return points
+
+
+class MixingConfig(StrictModel):
+    """What is read at first, how ranks follow changes, and the service that takes changes.
+
+    `policy` is a policy document or the path of one. A policy becomes effective at least `lead_steps` after it
+    is seen. `service`: `auto` trains on without a controller when Ray cannot start, `required` stops instead
+    (exit code 3), `off` starts none.
+    """
+
+    policy: Path | dict[str, Any]
+    prefetch_steps: int = Field(default=4, ge=1, le=1024)
+    lead_steps: int = Field(default=8, ge=2)
+    report_every: Positive = 10
+    service: Literal["auto", "required", "off"] = "auto"
+    address: str | None = Field(default=None, description="a Ray cluster; None: RAY_ADDRESS, else a local Ray")
+    service_timeout_s: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _lead_covers_prefetch(self) -> MixingConfig:
+        if self.lead_steps < self.prefetch_steps + 3:
+            raise ValueError(
+                f"lead_steps must be at least prefetch_steps + 3 = {self.prefetch_steps + 3}, so that no rank has "
+                f"already prepared a batch that a new policy changes; found {self.lead_steps}"
+            )
+        return self
+
+
+class EvaluationConfig(StrictModel):
+    """Per-domain cross-entropy on the first `rows_per_domain` held-out rows, every `every` steps (0: never)."""
+
+    every: int = Field(default=0, ge=0)
+    rows_per_domain: Positive = 32
+    test_rows_per_domain: Positive = 64
+
+
+class CheckpointConfig(StrictModel):
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay on disk."""
+
+    every: Positive = 500
+    keep: Positive = 2
+
+
+class MetricsConfig(StrictModel):
+    """Where figures go besides the console; `metrics.jsonl` is always written."""
+
+    tensorboard: bool = True
+
+
+class PretrainConfig(StrictModel):
+    """A pretraining run, whole. `deepspeed` holds further DeepSpeed settings, passed through as they are."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    mixing: MixingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_owned(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for key in settings:
+            if key in OWNED_DEEPSPEED_KEYS:
+                raise ValueError(f"{key!r} is set by {OWNED_DEEPSPEED_KEYS[key]}, not here")
+        if "stage" in settings.get("zero_optimization", {}):
+            raise ValueError("'zero_optimization.stage' is set by training.zero_stage, not here")
+        return settings
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> PretrainConfig:
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.training.num_steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps = "
+                f"{self.schedule.warmup_steps + self.schedule.decay_steps} exceeds "
+                f"training.num_steps = {self.training.num_steps}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.folder / self.run.name
+
+
+def load_pretrain_config(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Read a run's configuration; other configuration files that it names are relative to its own folder.
+
+    Raises ConfigError.
+    """
+    config = load_config(PretrainConfig, path, overrides)
+    changes: dict[str, Any] = {}
+    if config.data.prepare is not None:
+        prepare = _existing(path.parent / config.data.prepare, "data.prepare")
+        changes["data"] = config.data.model_copy(update={"prepare": prepare})
+    if isinstance(config.mixing.policy, Path):
+        policy = read_yaml(_existing(path.parent / config.mixing.policy, "mixing.policy"))
+        changes["mixing"] = config.mixing.model_copy(update={"policy": policy})
+    return config.model_copy(update=changes)
+
+
+def _existing(path: Path, key: str) -> Path:
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) if siblings else ""
+        raise ConfigError(f"{key}: no such file {path}{hint}")
+    return path

@@ -1,0 +1,220 @@
+"""The DeepSpeed engine behind a small face: forward, backward, step, save, load. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# DeepSpeed reads the accelerator choice and its log level while it is being imported.
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from mixwright.kernels.linear_nll import TokenLosses
+from mixwright.pretrain.config import OptimizerConfig, PretrainConfig
+from mixwright.pretrain.errors import TrainingError
+from mixwright.pretrain.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+def start_ranks(say: Callable[[str], None], timeout_s: float = 600.0) -> Ranks:
+    """Join the process group that the launcher (deepspeed, torchrun or plain python) describes."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    world = int(os.environ["WORLD_SIZE"])
+    if get_accelerator().device_name() == "cpu":
+        _provide_shared_memory_op(world, say)
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    rank = dist.get_rank()
+    device = torch.device(get_accelerator().current_device_name())
+    control = dist.new_group(backend="gloo") if world > 1 else None
+    return Ranks(rank, world, device, control)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _provide_shared_memory_op(world: int, say: Callable[[str], None]) -> None:
+    """Compile DeepSpeed's CPU all-reduce once, under a lock, or tell DeepSpeed to do without it.
+
+    A kill during an earlier compilation leaves torch's lock file behind, on which every later start would wait
+    for ever; our own lock (released by the kernel when its holder dies) shows that nobody compiles now.
+    """
+    name = "deepspeed_shm_comm"
+    # ninja is installed beside the interpreter, which is not on PATH when a virtual environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    if world == 1 or compiler is None or shutil.which("ninja") is None:
+        deepspeed.ops.__compatible_ops__[name] = False
+        if world > 1:
+            say("no C++ compiler or ninja: DeepSpeed's shared-memory all-reduce is not built, gloo is used instead")
+        return
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(name, verbose=False))
+    built = (folder / f"{name}.so").exists()
+    with _exclusive(folder.with_suffix(".mixwright.lock")):
+        (folder / "lock").unlink(missing_ok=True)
+        if not built and int(os.environ["LOCAL_RANK"]) == 0:
+            say(f"compiling DeepSpeed's shared-memory all-reduce (once, about 30 s; kept in {folder})")
+        started = time.monotonic()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+        except Exception as error:  # whatever the tool chain raises, training works without the op
+            deepspeed.ops.__compatible_ops__[name] = False
+            say(f"DeepSpeed's shared-memory all-reduce does not build, gloo is used instead: {str(error)[:200]}")
+        logger.info("shared-memory all-reduce ready after %.1f s", time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Engine:
+    """A model under DeepSpeed. Gradients are averaged over ranks and never divided by accumulation steps."""
+
+    def __init__(self, config: PretrainConfig, model: nn.Module, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.num_micro_batches = accumulation_steps(config, ranks.size)
+        optimizer = torch.optim.AdamW(
+            decayed_groups(model, config.optimizer.weight_decay),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=True,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_settings(config, ranks.size), dist_init_required=False
+        )
+
+    @property
+    def module(self) -> Any:
+        return self._engine.module
+
+    def forward(self, tokens_BS: Tensor) -> TokenLosses:
+        return self._engine(tokens_BS)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Apply one micro-batch's turn; at the last one of a step, update with `lr`. Returns the gradient norm."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Write a DeepSpeed checkpoint; every rank must call it."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+
+    def load(self, folder: Path, tag: str, *, universal: bool) -> dict[str, Any]:
+        """Read a checkpoint written by `save` (or its universal form); returns the client state."""
+        self._engine._config.load_universal_checkpoint = universal
+        path, client_state = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise TrainingError(f"{folder / tag}: DeepSpeed cannot load this checkpoint")
+        return dict(client_state)
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """All parameters in full on the leader (CPU, float32 or the model's dtype), empty elsewhere. Collective."""
+        parameters = dict(self.module.named_parameters())
+        if self._engine.zero_optimization_stage() < 3:
+            return {name: p.detach().cpu() for name, p in parameters.items()} if self.ranks.is_leader else {}
+        full: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.ranks.is_leader:
+                    full[name] = parameter.detach().cpu().clone()
+        return full
+
+
+def convert_to_universal(source: Path, target: Path) -> None:
+    """Convert sharded optimizer states to one file per parameter, readable on any number of ranks."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    # A process of its own: the converter prints at length and expects to start worker processes.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TrainingError(f"{source}: DeepSpeed cannot convert this checkpoint to its universal format: {last}")
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices with decay; norms, biases and other vectors without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def accumulation_steps(config: PretrainConfig, world: int) -> int:
+    """Micro-batches per rank and step; raises TrainingError when the global batch cannot be cut evenly."""
+    rows, micro = config.training.rows_per_step, config.training.micro_batch_rows
+    if rows % (world * micro):
+        fitting = [m for m in range(1, rows // world + 1) if rows % (world * m) == 0]
+        hint = (
+            f"fitting micro_batch_rows: {', '.join(map(str, fitting))}"
+            if fitting
+            else f"no micro_batch_rows fits {world} ranks"
+        )
+        raise TrainingError(
+            f"training.rows_per_step = {rows} is not a multiple of {world} ranks x training.micro_batch_rows = {micro}; {hint}"
+        )
+    return rows // (world * micro)
+
+
+def deepspeed_settings(config: PretrainConfig, world: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: ours first, then the user's `deepspeed:` section on top."""
+    training = config.training
+    settings: dict[str, Any] = {
+        "train_batch_size": training.rows_per_step,
+        "train_micro_batch_size_per_gpu": training.micro_batch_rows,
+        "gradient_accumulation_steps": accumulation_steps(config, world),
+        "gradient_clipping": training.clip_norm,
+        "steps_per_print": 1 << 62,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        # The optimizer is torch's fused AdamW, which DeepSpeed's ZeRO does not know by name.
+        "zero_allow_untested_optimizer": True,
+    }
+    return {
+        **settings,
+        **config.deepspeed,
+        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": training.zero_stage},
+    }

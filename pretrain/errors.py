@@ -1,0 +1,23 @@
+"""Errors of the training stages; the same exit codes as the mixing service's."""
+
+from __future__ import annotations
+
+from mixwright.data_mixing.errors import MixingError
+
+
+class TrainingError(MixingError):
+    """Training cannot start or go on; the message is one clear line."""
+
+
+class NonFiniteLoss(TrainingError):
+    """A loss or gradient became NaN or infinite; training stops and the last checkpoint stays as it is."""
+
+    exit_code = 1
+
+
+class CheckpointMismatch(TrainingError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+class RunInUse(TrainingError):
+    """Another trainer is working on this run."""

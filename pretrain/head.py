@@ -1,0 +1,62 @@
+"""The Head: hidden states and targets in, per-token losses out, without logits of all tokens in memory.
+
+N tokens of the micro-batch, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixwright.kernels.linear_nll import TokenLosses, linear_nll
+
+
+class Head(nn.Module):
+    """Takes the place of a model's output projection and shares its parameters (tied embeddings stay tied).
+
+    The projection's weight is used inside this module's `forward`, so that ZeRO-3 gathers it there.
+    """
+
+    def __init__(self, projection: nn.Linear, softcap: float | None, temperature: float) -> None:
+        super().__init__()
+        self.weight = projection.weight
+        self.bias = projection.bias
+        self.softcap = softcap
+        self.temperature = temperature
+
+    def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> TokenLosses:
+        """Cross-entropy and log-sum-exp of each token, float32 [N], in nats."""
+        return linear_nll(
+            hidden_ND,
+            self.weight,
+            targets_N,
+            bias_V=self.bias,
+            softcap=self.softcap,
+            temperature=self.temperature,
+        )
+
+
+class LanguageModel(nn.Module):
+    """A `transformers` causal language model whose `forward` ends in a Head instead of logits."""
+
+    def __init__(self, causal_lm: nn.Module) -> None:
+        super().__init__()
+        config = causal_lm.config
+        scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides logits by it
+        scaling /= float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self.head = Head(causal_lm.get_output_embeddings(), softcap, scaling)
+        self.backbone = causal_lm.base_model
+        # Kept out of the module tree: its parameters are the backbone's and the head's, counted once.
+        object.__setattr__(self, "causal_lm", causal_lm)
+
+    def forward(self, tokens_BS: Tensor) -> TokenLosses:
+        """Losses of predicting tokens 1.. from tokens ..S-2 of each row; int64 [B, S] in, float32 [B * (S-1)] out."""
+        hidden_BTD = self.backbone(input_ids=tokens_BS[:, :-1], use_cache=False).last_hidden_state
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        return self.head(hidden_ND, tokens_BS[:, 1:].reshape(-1))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step, so that dropout is the same after any resume without a checkpointed state."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank) % (1 << 63))

@@ -1,0 +1,167 @@
+"""The training loop: one optimizer step on one screen, and a generator of step records around it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mixwright.data_mixing.entries import DomainLoss, Report
+from mixwright.data_mixing.errors import DomainExhausted, PlanMismatch
+from mixwright.data_mixing.feeder import Feeder, StepRows, micro_batches
+from mixwright.data_mixing.leader import Leader
+from mixwright.data_mixing.plan import chain_digest
+from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.engine import Engine
+from mixwright.pretrain.errors import NonFiniteLoss
+from mixwright.pretrain.head import seed_step
+from mixwright.pretrain.objective import DomainSums, Objective
+from mixwright.pretrain.ranks import ControlWord, PendingControlWord, Ranks
+from mixwright.pretrain.schedules import apply_dropout, dropout_probability, learning_rate
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimizer steps done, and the digest of all rows read so far, in order."""
+
+    step: int = 0
+    run_digest: int = 0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, known alike on all ranks. Losses are None between reports (no device wait for them).
+
+    `step` counts from 0; `position` is where the run stands after it. Seconds are this rank's.
+    """
+
+    step: int
+    position: Position
+    lr: float
+    grad_norm: float
+    step_seconds: float
+    wait_seconds: float
+    report: Report | None
+    stop_requested: bool
+
+
+@dataclass
+class Trainer:
+    """The parts of a running job that one step needs."""
+
+    config: PretrainConfig
+    engine: Engine
+    objective: Objective
+    ranks: Ranks
+    feeder: Feeder
+    leader: Leader | None
+    attempt: int
+    stop_requested: Callable[[], bool]
+
+    def train_step(self, step: int, sums: DomainSums) -> tuple[float, float, ControlWord]:
+        """One optimizer step; returns the gradient norm, the learning rate and what all ranks know of the step."""
+        lr = self._prepare_step(step)
+        rows = self.feeder.next()
+        control = self._announce(rows)
+        for tokens_BS, domain_B in micro_batches(rows, self.config.training.micro_batch_rows):
+            losses = self.engine.forward(self._to_device(tokens_BS))
+            self.engine.backward(self.objective(losses, len(domain_B)))
+            grad_norm = self.engine.step(lr)
+            sums.add(losses.nll_N, self._to_device(domain_B))
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLoss(f"step {step}: the gradient norm is {grad_norm}; no further update is made")
+        return grad_norm, lr, control.wait()
+
+    def _prepare_step(self, step: int) -> float:
+        training = self.config.training
+        seed_step(self.config.run.seed, step, self.ranks.rank)
+        dropout = dropout_probability(training.dropout, step)
+        if dropout is not None:
+            apply_dropout(self.engine.module, dropout)
+        if self.leader is not None:
+            self.leader.begin_step(step)
+        return learning_rate(self.config.schedule, self.config.optimizer.lr, step, training.num_steps)
+
+    def _announce(self, rows: StepRows) -> PendingControlWord:
+        lsn = self.leader.announced_lsn if self.leader is not None else 0
+        return PendingControlWord(self.ranks, rows.digest, lsn, self.stop_requested())
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.ranks.device.type == "cuda":
+            return tensor.pin_memory().to(self.ranks.device, non_blocking=True)
+        return tensor
+
+
+def train(trainer: Trainer, start: Position) -> Iterator[StepRecord]:
+    """Train from `start` to the last step of the configuration (or of the plan), one record per optimizer step."""
+    config, feeder = trainer.config, trainer.feeder
+    sums = DomainSums(len(feeder.genesis.domains), trainer.ranks.device)
+    position, window_start, window_digest = start, start.step, 0
+    trainer.engine.train()
+    for step in range(start.step, config.training.num_steps):
+        began, waited = time.perf_counter(), feeder.wait_seconds
+        try:
+            grad_norm, lr, word = trainer.train_step(step, sums)
+        except DomainExhausted:
+            return
+        _check_digest(trainer, step, word)
+        position = Position(step + 1, chain_digest(position.run_digest, word.digest))
+        window_digest = (window_digest + word.digest) % (1 << 64)
+        report = None
+        if _report_is_due(config, step) or word.stop:
+            report = _report(trainer, sums, window_start, step, window_digest)
+            window_start, window_digest = step + 1, 0
+        feeder.follow(word.committed_lsn)
+        seconds = time.perf_counter() - began
+        yield StepRecord(step, position, lr, grad_norm, seconds, feeder.wait_seconds - waited, report, word.stop)
+        if word.stop:
+            return
+
+
+def _report_is_due(config: PretrainConfig, step: int) -> bool:
+    done = step + 1
+    due = (config.mixing.report_every, config.checkpoint.every)
+    return done == config.training.num_steps or any(done % every == 0 for every in due)
+
+
+def _check_digest(trainer: Trainer, step: int, word: ControlWord) -> None:
+    """The leader recomputes what all ranks should have read and compares it with what they did read."""
+    if trainer.leader is None:
+        return
+    expected = trainer.feeder.plan.digest(step)
+    if word.digest != expected:
+        raise PlanMismatch(f"step {step}: the ranks read rows with digest {word.digest:016x}, the plan says {expected:016x}")
+
+
+def _report(trainer: Trainer, sums: DomainSums, first_step: int, last_step: int, digest: int) -> Report:
+    """Add up the window over all ranks; the leader also sends it to the journal."""
+    domains = trainer.feeder.genesis.domains
+    sums_KC = trainer.ranks.sum(sums.take()).tolist()
+    losses = {domain.name: domain_loss(row) for domain, row in zip(domains, sums_KC, strict=True) if row[3]}
+    for name, loss in losses.items():
+        if not math.isfinite(loss.loss_sum):
+            raise NonFiniteLoss(f"steps {first_step}-{last_step}: the loss of domain {name!r} is {loss.loss_sum}")
+    report = Report(
+        kind="train",
+        first_step=first_step,
+        last_step=last_step,
+        domains=losses,
+        digest=f"{digest:016x}",
+        attempt=trainer.attempt,
+    )
+    if trainer.leader is not None:
+        trainer.leader.write(report)
+    return report
+
+
+def domain_loss(columns: list[float]) -> DomainLoss:
+    """One row of `DomainSums` as a record."""
+    loss_sum, loss_square_sum, num_tokens, num_rows = columns
+    return DomainLoss(
+        loss_sum=loss_sum, loss_square_sum=loss_square_sum, num_tokens=round(num_tokens), num_rows=round(num_rows)
+    )

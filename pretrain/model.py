@@ -1,0 +1,115 @@
+"""From a configuration to a `transformers` model with a Head, and back to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from mixwright.data_mixing.errors import nearest
+from mixwright.pretrain.config import ModelConfig
+from mixwright.pretrain.errors import TrainingError
+from mixwright.pretrain.head import LanguageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int) -> LanguageModel:
+    """A new or loaded model that fits the token store, in float32; the same on every rank for one `seed`.
+
+    Raises TrainingError when the model does not exist, cannot embed the store's tokens, has too few positions,
+    or computes its logits in a way that the Head does not reproduce.
+    """
+    torch.manual_seed(seed)
+    causal_lm = _new(config.config, vocab_size, eos_id) if config.config else _load(str(config.path))
+    _check_vocabulary(causal_lm.config, vocab_size)
+    _check_positions(causal_lm.config, sequence_length)
+    if config.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    model = LanguageModel(causal_lm)
+    _check_head(model, vocab_size)
+    return model
+
+
+def _new(settings: dict[str, Any], vocab_size: int, eos_id: int) -> Any:
+    model_type = settings["model_type"]
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise TrainingError(
+            f"model.config.model_type: no such model {model_type!r}{nearest(model_type, CONFIG_MAPPING_NAMES)}"
+        )
+    defaults = {"vocab_size": vocab_size, "eos_token_id": eos_id, "bos_token_id": eos_id, "pad_token_id": None}
+    try:
+        config = AutoConfig.for_model(**{**defaults, **settings})
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TrainingError(f"model.config: {model_type!r} cannot be built: {_one_line(error)}") from error
+
+
+def _load(path: str) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"model.path: {path!r} cannot be loaded: {_one_line(error)}") from error
+
+
+def _check_vocabulary(config: Any, vocab_size: int) -> None:
+    if config.vocab_size < vocab_size:
+        raise TrainingError(
+            f"model.vocab_size = {config.vocab_size} is smaller than the token store's vocabulary of {vocab_size}: "
+            "prepare the data with this model's tokenizer, or use a model with at least that vocabulary"
+        )
+
+
+def _check_positions(config: Any, sequence_length: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < sequence_length:
+        raise TrainingError(
+            f"the token store's sequence_length = {sequence_length} exceeds the model's "
+            f"max_position_embeddings = {positions}: prepare shorter rows or use a model with more positions"
+        )
+
+
+@torch.no_grad()
+def _check_head(model: LanguageModel, vocab_size: int) -> None:
+    """Compare the Head with the model's own logits on a few tokens: some models scale or cap them in private."""
+    training = model.training
+    model.eval()
+    tokens_BS = (torch.arange(16) * 7919 % vocab_size).reshape(2, 8)
+    logits = model.causal_lm(input_ids=tokens_BS[:, :-1], use_cache=False).logits.float()
+    expected_N = F.cross_entropy(logits.flatten(0, 1), tokens_BS[:, 1:].reshape(-1), reduction="none")
+    difference = float((model(tokens_BS).nll_N - expected_N).abs().max())
+    model.train(training)
+    if not difference < 1e-3:
+        raise TrainingError(
+            f"model type {model.causal_lm.config.model_type!r} changes its logits after the output projection in a way "
+            f"that the loss head does not know (losses differ by {difference:.3g} nats)"
+        )
+
+
+def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder: Path, folder: Path) -> None:
+    """Write a Hugging Face folder (safetensors, configuration, tokenizer) with full `parameters` by LanguageModel name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    state = {name: parameters[names[id(parameter)]] for name, parameter in _causal_lm_parameters(model.causal_lm)}
+    state |= {
+        name: buffer for name, buffer in model.causal_lm.state_dict().items() if name not in state and buffer.numel()
+    }
+    model.causal_lm.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+
+
+def _causal_lm_parameters(causal_lm: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(causal_lm.named_parameters(remove_duplicate=False))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of trained values; a parameter shared by two modules counts once (ZeRO-3 shards at their full size)."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,78 @@
+"""This process among the data-parallel ranks, and the one small collective of every step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_WRAP = 1 << 64
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Data-parallel coordinates. `control` is a CPU process group for the control word; None when alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """All-reduce `value` in place over all ranks and return it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def leave(self) -> None:
+        """Leave the process group, so that the process can end."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class ControlWord:
+    """What all ranks know of a step once it is over: digest of its rows, newest committed entry, wish to stop."""
+
+    digest: int
+    committed_lsn: int
+    stop: bool
+
+
+class PendingControlWord:
+    """A control word under way: 24 bytes, summed over ranks while the step computes."""
+
+    def __init__(self, ranks: Ranks, digest: int, committed_lsn: int, stop: bool) -> None:
+        """`digest` is this rank's share; `committed_lsn` counts on the leader only; `stop` on any rank stops all."""
+        lsn = committed_lsn if ranks.is_leader else 0
+        self._word = torch.tensor([_to_signed(digest), lsn, int(stop)], dtype=torch.int64)
+        self._work = None
+        if ranks.size > 1:
+            self._work = dist.all_reduce(self._word, group=ranks.control, async_op=True)
+
+    def wait(self) -> ControlWord:
+        if self._work is not None:
+            self._work.wait()
+        digest, lsn, stop = self._word.tolist()
+        return ControlWord(digest % _WRAP, lsn, stop > 0)
+
+
+def _to_signed(value: int) -> int:
+    """The int64 with the same 64 bits: sums of these wrap modulo 2**64."""
+    return value - _WRAP if value >= _WRAP // 2 else value
+
+
+def launched_rank() -> int:
+    """Global rank given by the launcher's environment, 0 for a plain `python` start."""
+    return int(os.environ.get("RANK", "0"))
