@@ -1,0 +1,129 @@
+"""Passes over the rows of a head, block by block: what engines A, R and S have in common.
+
+Matmuls are torch's (oneDNN, cuBLAS); the work on rows of logits is done by `rows_torch`. A block is small enough to
+stay in cache on a CPU and large enough to fill a GPU; its scratch of logits is reused from block to block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixwright.kernels.head_inputs import HeadInputs
+from mixwright.kernels.rows_torch import RowStats, unit_gradient_
+
+CPU_BLOCK_BYTES, CPU_BLOCK_ROWS = 16 << 20, 512
+GPU_BLOCK_BYTES, GPU_BLOCK_ROWS = 512 << 20, 8192
+
+
+class RowOptions(NamedTuple):
+    """What the row pass does beyond nll, lse and gradient. `precise` forms logits of 16-bit inputs in float32."""
+
+    entropy: bool = False
+    correct: bool = False
+    precise: bool = False
+
+
+class Block(NamedTuple):
+    """A span of rows after the row pass: hidden with dead rows zeroed, and the unit gradient G of `rows_torch`."""
+
+    span: slice
+    hidden_nD: Tensor
+    gradient_nV: Tensor
+    stats: RowStats
+
+
+class Gradients(NamedTuple):
+    """Gradients of a head in the dtype of its inputs; None where nobody asked: a frozen head has no dW buffer."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def empty(self, head: HeadInputs) -> Gradients:
+        """Uninitialised buffers; the engines write every element."""
+        return Gradients(
+            torch.empty_like(head.hidden_ND, memory_format=torch.contiguous_format) if self.hidden else None,
+            torch.empty_like(head.weight_VD, memory_format=torch.contiguous_format) if self.weight else None,
+            torch.empty_like(head.bias_V) if self.bias and head.bias_V is not None else None,
+        )
+
+
+def rows_per_block(vocabulary: int, row_dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of logits that fit the scratch budget of a block."""
+    on_cpu = device.type == "cpu"
+    budget, largest = (CPU_BLOCK_BYTES, CPU_BLOCK_ROWS) if on_cpu else (GPU_BLOCK_BYTES, GPU_BLOCK_ROWS)
+    return max(64, min(largest, budget // (vocabulary * row_dtype.itemsize)))
+
+
+def gradient_blocks(head: HeadInputs, cache_CV: Tensor, options: RowOptions) -> Iterator[Block]:
+    """Pass over all rows. The gradient of the first C rows stays in `cache_CV`, that of the others is overwritten."""
+    num_rows, vocabulary = head.hidden_ND.shape[0], head.weight_VD.shape[0]
+    num_cached = cache_CV.shape[0]
+    block_rows = rows_per_block(vocabulary, head.row_dtype, head.hidden_ND.device)
+    scratch_nV = head.hidden_ND.new_empty(min(block_rows, num_rows - num_cached), vocabulary)
+    for first, last, buffer_nV in ((0, num_cached, cache_CV), (num_cached, num_rows, None)):
+        for start in range(first, last, block_rows):
+            span = slice(start, min(start + block_rows, last))
+            out_nV = scratch_nV[: span.stop - start] if buffer_nV is None else buffer_nV[span]
+            yield _gradient_block(head, span, out_nV, options)
+
+
+def raw_logits(
+    hidden_nD: Tensor, weight_vD: Tensor, bias_v: Tensor | None, out_nv: Tensor, *, precise: bool = False
+) -> Tensor:
+    """hidden @ weight.T + bias as float32 or float64 [n, v]: in `out_nv` where its dtype allows, else a new tensor."""
+    if out_nv.dtype in (torch.float32, torch.float64):
+        if bias_v is None:
+            return torch.mm(hidden_nD, weight_vD.T, out=out_nv)
+        return torch.addmm(bias_v, hidden_nD, weight_vD.T, out=out_nv)
+    if precise:
+        logits_nv = torch.mm(hidden_nD.float(), weight_vD.float().T)
+        return logits_nv if bias_v is None else logits_nv.add_(bias_v)
+    logits_nv = torch.mm(hidden_nD, weight_vD.T) if bias_v is None else torch.addmm(bias_v, hidden_nD, weight_vD.T)
+    return logits_nv.float()
+
+
+def add_onehot_rows_(gradients: Gradients, head: HeadInputs, hidden_ND: Tensor, onehot_N: Tensor) -> None:
+    """Add the gradient of sum_i onehot_i * x_i[y_i], x raw logits: one row of W and one row of dW per token."""
+    targets_N = head.safe_targets()
+    if gradients.hidden_ND is not None:
+        gradients.hidden_ND.add_(onehot_N[:, None] * head.weight_VD[targets_N])
+    if gradients.weight_VD is not None:
+        gradients.weight_VD.index_add_(0, targets_N, (onehot_N[:, None] * hidden_ND).to(hidden_ND.dtype))
+    if gradients.bias_V is not None:
+        gradients.bias_V.index_add_(0, targets_N, onehot_N.to(gradients.bias_V.dtype))
+
+
+def _gradient_block(head: HeadInputs, span: slice, out_nV: Tensor, options: RowOptions) -> Block:
+    rows = head.rows(span)
+    hidden_nD = rows.live_hidden()
+
+    def logits_of(rows_k: Tensor) -> Tensor:
+        out_kV = out_nV.new_empty(rows_k.shape[0], out_nV.shape[1])
+        return raw_logits(hidden_nD[rows_k], head.weight_VD, head.bias_V, out_kV, precise=options.precise)
+
+    logits_nV = raw_logits(hidden_nD, head.weight_VD, head.bias_V, out_nV, precise=options.precise)
+    stats = unit_gradient_(
+        logits_nV,
+        rows.safe_targets(),
+        head.softcap,
+        rows.inv_temperature_N,
+        logits_of,
+        entropy=options.entropy,
+        correct=options.correct,
+    )
+    if logits_nV.dtype != out_nV.dtype:
+        out_nV.copy_(logits_nV)
+    return Block(span, hidden_nD, out_nV, stats)
