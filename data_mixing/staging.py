@@ -1,0 +1,97 @@
+"""Files that are either complete or not there: atomic writes, one preparer at a time, clear words on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mixwright.data_mixing.errors import DataError
+
+_DISK_FULL = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file too large",
+}
+
+
+class Resumable(DataError):
+    """Work stopped for want of disk or memory: what is done is kept, and the same call continues."""
+
+
+@contextmanager
+def atomic_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only once it is complete; `durable` also survives a power cut.
+
+    Raises DataError when it cannot be written (disk full, no permission); nothing is left behind then.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _write_error(path, error) from None
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _write_error(path: Path, error: OSError) -> DataError:
+    if error.errno in _DISK_FULL:
+        reason = _DISK_FULL[error.errno]
+        free = shutil.disk_usage(path.parent).free
+        return Resumable(
+            f"{path}: {reason} ({free:,} bytes are free there); free some and run the same command again: it continues"
+        )
+    return DataError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; raises DataError when another one holds it. Ends with the process."""
+    lock = _locked(folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    path = folder / "lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _write_error(path, error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise DataError(f"{folder}: another `data prepare` is at work here; wait for it to end") from None
+        # The folder may have been removed by its last holder between open and lock.
+        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
+            return lock
+        os.close(lock)
+
+
+def clear(folder: Path) -> None:
+    """Remove all that is in a held folder except its lock."""
+    for path in folder.iterdir():
+        if path.name == "lock":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
