@@ -95,13 +95,34 @@ def raw_logits(
     return logits_nv.float()
 
 
+def bind_rows(hidden_ND: Tensor, coefficient_N: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(coefficient * hidden) / scale in the dtype of hidden, and the scale.
+
+    Token-mean coefficients of 1/N leave the range of float16; dividing by the largest one keeps them in it.
+    """
+    if hidden_ND.dtype != torch.float16:
+        return (hidden_ND * coefficient_N[:, None]).to(hidden_ND.dtype), None
+    largest = coefficient_N.abs().amax() if coefficient_N.numel() else coefficient_N.new_zeros(())
+    scale = torch.where(largest > 0, largest, 1)
+    return (hidden_ND * (coefficient_N / scale)[:, None]).to(hidden_ND.dtype), scale
+
+
+def add_product_(sum_nd: Tensor, left_nk: Tensor, right_kd: Tensor, scale: Tensor | None = None) -> None:
+    """sum += (left @ right) * scale, in the precision of `sum` even where the factors have 16 bits."""
+    if scale is None and sum_nd.dtype == left_nk.dtype:
+        sum_nd.addmm_(left_nk, right_kd)
+        return
+    product_nd = torch.mm(left_nk, right_kd)
+    sum_nd.add_(product_nd if scale is None else product_nd * scale)
+
+
 def add_onehot_rows_(gradients: Gradients, head: HeadInputs, hidden_ND: Tensor, onehot_N: Tensor) -> None:
     """Add the gradient of sum_i onehot_i * x_i[y_i], x raw logits: one row of W and one row of dW per token."""
     targets_N = head.safe_targets()
     if gradients.hidden_ND is not None:
         gradients.hidden_ND.add_(onehot_N[:, None] * head.weight_VD[targets_N])
     if gradients.weight_VD is not None:
-        gradients.weight_VD.index_add_(0, targets_N, (onehot_N[:, None] * hidden_ND).to(hidden_ND.dtype))
+        gradients.weight_VD.index_add_(0, targets_N, (onehot_N[:, None] * hidden_ND).to(gradients.weight_VD.dtype))
     if gradients.bias_V is not None:
         gradients.bias_V.index_add_(0, targets_N, onehot_N.to(gradients.bias_V.dtype))
 

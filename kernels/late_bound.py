@@ -20,7 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixwright.kernels.blocks import Gradients, Needs, RowOptions, add_onehot_rows_, gradient_blocks, raw_logits
+from mixwright.kernels.blocks import (
+    Gradients,
+    Needs,
+    RowOptions,
+    add_onehot_rows_,
+    add_product_,
+    bind_rows,
+    gradient_blocks,
+    raw_logits,
+)
 from mixwright.kernels.head_inputs import HeadInputs
 from mixwright.kernels.rows_torch import RowStats, sliced_gradient_
 
@@ -90,22 +99,10 @@ def backward_late_bound(
     return out
 
 
-def bind_rows(hidden_ND: Tensor, coefficient_N: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(coefficient * hidden) / scale in the dtype of hidden, and the scale.
-
-    Token-mean coefficients of 1/N leave the range of float16; dividing by the largest one keeps them in it.
-    """
-    if hidden_ND.dtype != torch.float16:
-        return (hidden_ND * coefficient_N[:, None]).to(hidden_ND.dtype), None
-    largest = coefficient_N.abs().amax() if coefficient_N.numel() else coefficient_N.new_zeros(())
-    scale = torch.where(largest > 0, largest, 1)
-    return (hidden_ND * (coefficient_N / scale)[:, None]).to(hidden_ND.dtype), scale
-
-
 def _coefficients(
     head: HeadInputs, saved: Saved, dnll_N: Tensor | None, dlse_N: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Row coefficients of G and of onehot (None without dlse). Ignored rows get 0; a dead row with another one is NaN."""
+    """Row coefficients of G and of onehot (None without dlse). Ignored rows: 0; dead rows: 0 stays, all else is NaN."""
     parts = [part_N for part_N in (dnll_N, dlse_N) if part_N is not None]
     has_target_N, finite_N = head.has_target(), saved.lse_N.isfinite()
 
@@ -148,20 +145,13 @@ def _recomputed_rows_into(
         sliced_gradient_(logits_nv, targets_n, first, rows.softcap, rows.inv_temperature_N, lse_n, lse_error_n)
         gradient_nv = logits_nv.to(hidden_nD.dtype)
         if out.hidden_ND is not None:
-            _add_product_(sum_nD, gradient_nv, weight_VD[columns])
+            add_product_(sum_nD, gradient_nv, weight_VD[columns])
         if out.weight_VD is not None:
             out.weight_VD[columns].addmm_(gradient_nv.T, bound_nD)
         if out.bias_V is not None:
             out.bias_V[columns].addmv_(gradient_nv.T, coefficient_n.to(out.bias_V.dtype))
     if out.hidden_ND is not None:
         torch.mul(sum_nD, coefficient_n[:, None], out=out.hidden_ND[-num_rows:])
-
-
-def _add_product_(sum_nD: Tensor, gradient_nv: Tensor, weight_vD: Tensor) -> None:
-    if sum_nD.dtype == gradient_nv.dtype:
-        sum_nD.addmm_(gradient_nv, weight_vD)
-    else:
-        sum_nD.add_(torch.mm(gradient_nv, weight_vD))
 
 
 def columns_per_slice(num_rows: int, row_dtype: torch.dtype, device: torch.device) -> int:
