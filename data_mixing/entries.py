@@ -65,6 +65,7 @@ class PolicyEntry(StrictModel):
 
     `document` is what the user submitted; `caps` overrides the catalogue's cap by domain name.
     `at_step` asks for an effective step; None means as soon as possible. A shadow is never committed.
+    `request_id` is chosen by whoever submits, so that a request that is sent twice is journaled once.
     """
 
     document: dict[str, Any]
@@ -74,6 +75,7 @@ class PolicyEntry(StrictModel):
     shadow: bool = False
     author: str = ""
     why: str = ""
+    request_id: str = ""
 
     @model_validator(mode="after")
     def _program_is_ordered(self) -> PolicyEntry:
@@ -89,6 +91,7 @@ class Reject(StrictModel):
     document: Any
     reason: str
     author: str = ""
+    request_id: str = ""
 
 
 class Cancel(StrictModel):
@@ -97,6 +100,7 @@ class Cancel(StrictModel):
     policy_lsn: int = Field(ge=0)
     author: str = ""
     why: str = ""
+    request_id: str = ""
 
 
 class Commit(StrictModel):
