@@ -115,8 +115,8 @@ class Feeder:
             effective_step = self._history.commits[-1].effective_step
             if effective_step < self._next_step:
                 raise JournalError(
-                    f"commit entry {lsn} takes effect at step {effective_step}, but step {self._next_step - 1} is already "
-                    "prepared on this rank: mixing.lead_steps is too small"
+                    f"commit entry {lsn} takes effect at step {effective_step}, but step {self._next_step - 1} is "
+                    "already prepared on this rank: mixing.lead_steps is too small"
                 )
             self._plan = self._history.plan()
 

@@ -1,1 +1,32 @@
-"""x"""
+"""The `mixwright` command. Exit codes: 0 ok, 2 bad input or rejected, 3 unavailable."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from mixwright.data_mixing.errors import MixingError
+from mixwright.launch import config_commands, data, mix
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LLM pretraining data and losses: prepare corpora, steer the mixture of a running job, look at what it did.",
+)
+app.add_typer(data.app, name="data")
+app.add_typer(mix.app, name="mix")
+app.add_typer(config_commands.app, name="config")
+
+
+def main() -> None:
+    """Run the command; every expected failure is one line on standard error and its exit code."""
+    try:
+        app()
+    except MixingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -98,7 +98,9 @@ class Checkpoints:
             self._ranks.barrier()
         state = engine.load(folder, tag, universal=universal)
         if state.get("step", found.position.step) != found.position.step:
-            raise CheckpointMismatch(f"{folder / tag}: holds step {state.get('step')}, its seal says {found.position.step}")
+            raise CheckpointMismatch(
+                f"{folder / tag}: holds step {state.get('step')}, its seal says {found.position.step}"
+            )
         return found.position
 
     def _seal(self, tag: str, position: Position) -> None:
@@ -132,7 +134,9 @@ class Checkpoints:
     def _check_same_run(self, tag: str, seal: dict[str, Any]) -> None:
         stage = self._config.training.zero_stage
         if seal["run"] != self._config.run.name:
-            raise CheckpointMismatch(f"{self._folder / tag}: belongs to run {seal['run']!r}, not {self._config.run.name!r}")
+            raise CheckpointMismatch(
+                f"{self._folder / tag}: belongs to run {seal['run']!r}, not {self._config.run.name!r}"
+            )
         if seal["zero_stage"] != stage:
             raise CheckpointMismatch(
                 f"{self._folder / tag}: was written with training.zero_stage = {seal['zero_stage']}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -113,7 +114,7 @@ class TrainingConfig(StrictModel):
     @field_validator("dropout")
     @classmethod
     def _ordered(cls, points: tuple[DropoutPoint, ...]) -> tuple[DropoutPoint, ...]:
-        if any(a.step >= b.step for a, b in zip(points, points[1:], strict=False)):
+        if any(a.step >= b.step for a, b in itertools.pairwise(points)):
             raise ValueError("dropout points must have increasing steps")
         return points
 

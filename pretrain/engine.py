@@ -1,10 +1,14 @@
-"""The DeepSpeed engine behind a small face: forward, backward, step, save, load. The only file that imports deepspeed."""
+"""The DeepSpeed engine behind a small face: forward, backward, step, save, load.
+
+The only file that imports deepspeed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import shutil
 import socket
@@ -25,8 +29,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from mixwright.kernels.linear_nll import TokenLosses
-from mixwright.pretrain.config import OptimizerConfig, PretrainConfig
-from mixwright.pretrain.errors import TrainingError
+from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
 from mixwright.pretrain.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -103,7 +107,8 @@ class Engine:
 
     def __init__(self, config: PretrainConfig, model: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.num_micro_batches = accumulation_steps(config, ranks.size)
+        # Plain DeepSpeed (ZeRO 0, float32) clips without telling the norm, so there we clip ourselves.
+        self._clip_norm = config.training.clip_norm if _is_plain(config) else None
         optimizer = torch.optim.AdamW(
             decayed_groups(model, config.optimizer.weight_decay),
             lr=config.optimizer.lr,
@@ -125,13 +130,22 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """Apply one micro-batch's turn; at the last one of a step, update with `lr`. Returns the gradient norm."""
+    def step(self, lr: float) -> float | None:
+        """End one micro-batch; the last one of a step updates with `lr` and returns the norm of the gradient.
+
+        Raises NonFiniteLoss when that norm is NaN or infinite.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        if self._clip_norm is not None:
+            norm = _finite(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm or math.inf))
+            self._engine.step()
+            return norm
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return _finite(self._engine.get_global_grad_norm())
 
     def train(self) -> None:
         self._engine.train()
@@ -195,9 +209,21 @@ def accumulation_steps(config: PretrainConfig, world: int) -> int:
             else f"no micro_batch_rows fits {world} ranks"
         )
         raise TrainingError(
-            f"training.rows_per_step = {rows} is not a multiple of {world} ranks x training.micro_batch_rows = {micro}; {hint}"
+            f"training.rows_per_step = {rows} is not a multiple of {world} ranks x "
+            f"training.micro_batch_rows = {micro}; {hint}"
         )
     return rows // (world * micro)
+
+
+def _is_plain(config: PretrainConfig) -> bool:
+    return config.training.zero_stage == 0 and config.model.dtype == "float32"
+
+
+def _finite(norm: Tensor | float) -> float:
+    value = float(norm)
+    if not math.isfinite(value):
+        raise NonFiniteLoss(f"the gradient norm is {value}")
+    return value
 
 
 def deepspeed_settings(config: PretrainConfig, world: int) -> dict[str, Any]:
@@ -207,7 +233,7 @@ def deepspeed_settings(config: PretrainConfig, world: int) -> dict[str, Any]:
         "train_batch_size": training.rows_per_step,
         "train_micro_batch_size_per_gpu": training.micro_batch_rows,
         "gradient_accumulation_steps": accumulation_steps(config, world),
-        "gradient_clipping": training.clip_norm,
+        "gradient_clipping": 0.0 if _is_plain(config) else training.clip_norm,
         "steps_per_print": 1 << 62,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         # The optimizer is torch's fused AdamW, which DeepSpeed's ZeRO does not know by name.

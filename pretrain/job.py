@@ -78,7 +78,9 @@ class Job:
             eos_id=manifest.eos_id,
             seed=config.run.seed,
         )
-        watcher.say(f"model: {num_parameters(model):,} parameters, {ranks.size} rank(s), ZeRO {config.training.zero_stage}")
+        watcher.say(
+            f"model: {num_parameters(model):,} parameters, {ranks.size} rank(s), ZeRO {config.training.zero_stage}"
+        )
         engine = Engine(config, model, ranks)
         checkpoints = Checkpoints(config.run_dir / "checkpoints", config, ranks)
         found = checkpoints.find(watcher.say)
@@ -104,8 +106,9 @@ class Job:
                 return EXIT_INTERRUPTED
             self._test(metrics, end)
             self._export()
-            if leader is not None:
+            if leader is not None and metrics is not None:
                 leader.write(self._end_entry(end))
+                metrics.write("end", end.step, {"peak_memory_bytes": peak_memory_bytes(self.ranks.device)})
         self._finish(end)
         return 0
 
@@ -137,7 +140,9 @@ class Job:
     def _train(self, trainer: Trainer, metrics: MetricWriter | None) -> Position | None:
         """Train to the end and return where that is; None when interrupted (after a checkpoint)."""
         config = self.config
-        validation = self._held_out("validation", config.evaluation.rows_per_domain) if config.evaluation.every else None
+        validation = (
+            self._held_out("validation", config.evaluation.rows_per_domain) if config.evaluation.every else None
+        )
         position, saved_step = self.start, self.start.step
         progress = self._progress_at_start()
         for record in train(trainer, self.start):
@@ -206,7 +211,6 @@ class Job:
         if end.step < self.config.training.num_steps:
             self.watcher.say(f"the plan ended at step {end.step}: a domain with on_exhaust: stop reached its cap")
         show_results(self.config, self.watcher)
-        self.watcher.say(f"peak memory of the leader: {peak_memory_bytes(self.ranks.device) / 2**20:,.0f} MiB")
 
     def _progress_at_start(self) -> Progress:
         genesis = self.mixing.genesis

@@ -70,11 +70,9 @@ class Trainer:
         for tokens_BS, domain_B in micro_batches(rows, self.config.training.micro_batch_rows):
             losses = self.engine.forward(self._to_device(tokens_BS))
             self.engine.backward(self.objective(losses, len(domain_B)))
-            grad_norm = self.engine.step(lr)
             sums.add(losses.nll_N, self._to_device(domain_B))
-        if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(f"step {step}: the gradient norm is {grad_norm}; no further update is made")
-        return grad_norm, lr, control.wait()
+            grad_norm = self.engine.step(lr)  # the last micro-batch of the step updates and returns the norm
+        return grad_norm or 0.0, lr, control.wait()
 
     def _prepare_step(self, step: int) -> float:
         training = self.config.training
@@ -109,6 +107,8 @@ def train(trainer: Trainer, start: Position) -> Iterator[StepRecord]:
             grad_norm, lr, word = trainer.train_step(step, sums)
         except DomainExhausted:
             return
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"step {step}: {error}; training stops, the last checkpoint is intact") from None
         _check_digest(trainer, step, word)
         position = Position(step + 1, chain_digest(position.run_digest, word.digest))
         window_digest = (window_digest + word.digest) % (1 << 64)
@@ -135,7 +135,9 @@ def _check_digest(trainer: Trainer, step: int, word: ControlWord) -> None:
         return
     expected = trainer.feeder.plan.digest(step)
     if word.digest != expected:
-        raise PlanMismatch(f"step {step}: the ranks read rows with digest {word.digest:016x}, the plan says {expected:016x}")
+        raise PlanMismatch(
+            f"step {step}: the ranks read rows with digest {word.digest:016x}, the plan says {expected:016x}"
+        )
 
 
 def _report(trainer: Trainer, sums: DomainSums, first_step: int, last_step: int, digest: int) -> Report:

@@ -92,7 +92,7 @@ def _check_head(model: LanguageModel, vocab_size: int) -> None:
 
 
 def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder: Path, folder: Path) -> None:
-    """Write a Hugging Face folder (safetensors, configuration, tokenizer) with full `parameters` by LanguageModel name."""
+    """Write a Hugging Face folder: full `parameters` (by LanguageModel name), configuration and tokenizer."""
     names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
     state = {name: parameters[names[id(parameter)]] for name, parameter in _causal_lm_parameters(model.causal_lm)}
     state |= {

@@ -1,7 +1,7 @@
 """From token losses to the one scalar of a step: `sum_S w_i loss_i + z_loss * mean(lse**2)`, sum_S w = 1.
 
-S are all rows of the optimizer step, over ranks and accumulation (DESIGN.md contract 4; spec/methods.md 19.1). N tokens of a
-micro-batch, B rows of T tokens.
+S are all rows of the optimizer step, over ranks and accumulation (DESIGN.md contract 4; spec/methods.md 19.1).
+N tokens of a micro-batch, B rows of T tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report of a run: pictures and tables from the journal and the metrics alone, as `report.png` and `report.html`."""
+"""The report of a run, from journal and metrics alone: pictures and tables in `report.png` and `report.html`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")  # no display on a training node
+
+import itertools
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -58,7 +60,7 @@ def collect(records: Sequence[Mapping[str, Any]], history: RunHistory, num_steps
     rows = cursors[-1]
     order = np.argsort(-rows, kind="stable")
     realised = np.diff(cursors, axis=0) / np.diff(points)[:, None] / genesis.rows_per_step
-    requested = np.array([_mean_proportions(plan, int(a), int(b)) for a, b in zip(points, points[1:], strict=False)])
+    requested = np.array([_mean_proportions(plan, int(a), int(b)) for a, b in itertools.pairwise(points)])
     names = [domain.name for domain in genesis.domains]
     return Curves(
         names=[names[i] for i in order],
@@ -154,7 +156,9 @@ def _page(curves: Curves, history: RunHistory, records: Sequence[Mapping[str, An
         f"{curves.steps[-1]} of {genesis.num_steps} steps done.</p>",
         f'<img alt="losses and mixture" src="data:image/png;base64,{base64.b64encode(png).decode()}">',
         "<h2>Test perplexity per domain</h2>",
-        _table(["domain", *(f"after step {record['step']}" for record in tests)], _perplexity_rows(curves.names, tests)),
+        _table(
+            ["domain", *(f"after step {record['step']}" for record in tests)], _perplexity_rows(curves.names, tests)
+        ),
         "<h2>Tokens and epochs per domain</h2>",
         _table(["domain", "rows read", "tokens", "epochs"], _token_rows(curves, history)),
         "<h2>Policies</h2>",

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from mixwright.data_mixing.config_file import load_config
+from mixwright.data_mixing.corpora import load_corpora_config
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import DataError, JournalError, ServiceUnavailable
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.leader import check_genesis, open_run
 from mixwright.data_mixing.policy import accept
-from mixwright.data_mixing.prepare import PrepareConfig, prepare_store
+from mixwright.data_mixing.prepare import prepare
 from mixwright.data_mixing.service import ServiceProcess, start_service
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.config import PretrainConfig
@@ -56,7 +56,15 @@ def ensure_store(config: PretrainConfig, watcher: Watcher) -> None:
             "or name that CONFIG as data.prepare"
         )
     watcher.say(f"preparing {config.data.store} from {config.data.prepare}")
-    prepare_store(load_config(PrepareConfig, config.data.prepare), config.data.store)
+    corpora = load_corpora_config(config.data.prepare).model_copy(update={"output": config.data.store.resolve()})
+    stages: set[str] = set()
+
+    def tell_stage(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            stages.add(stage)
+            watcher.say(f"  {stage} ...")
+
+    prepare(corpora, config.data.prepare.parent, progress=tell_stage)
 
 
 def genesis_of(config: PretrainConfig, store: TokenStore) -> Genesis:
