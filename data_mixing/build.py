@@ -11,15 +11,15 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixwright.data_mixing.corpora import CorporaConfig
-from mixwright.data_mixing.manifest import Manifest, RowFile, fingerprint
-from mixwright.data_mixing.scan import Scan, ScanTask, Task, read_scan, run_scan
-from mixwright.data_mixing.selection import SPLITS, Selection, concatenate, excerpt_bytes, select
+from mixwright.data_mixing.manifest import SPLITS, Manifest, RowFile, fingerprint
+from mixwright.data_mixing.scan import ScanTask, Task, narrow, read_scan, run_scan
+from mixwright.data_mixing.selection import DROPPED, Scan, Selection, concatenate, excerpt_bytes, select
 from mixwright.data_mixing.shards import RowShape, plan_shards, read_row_file, row_shape, run_shard
 from mixwright.data_mixing.sources import DomainInput, plan_tasks
 from mixwright.data_mixing.summary import check_filled, domain_manifest, store_fingerprint
@@ -86,31 +86,24 @@ class Build:
 
     def content_key(self) -> str:
         """Fingerprint of what the rows follow from: documents in order with their splits, tokenizer, shape."""
-        documents = [
-            [item.name, hashlib.sha256(joined.identity_n2.tobytes() + selection.split_n.tobytes()).hexdigest()]
-            for item, joined, selection in zip(self.inputs, map(concatenate, self.scans), self.selections, strict=True)
-        ]
+        documents = {}
+        for item, scans, selection in zip(self.inputs, self.scans, self.selections, strict=True):
+            kept_n = selection.split_n != DROPPED
+            identity = concatenate(scans).identity_n2[kept_n].tobytes()
+            documents[item.name] = hashlib.sha256(identity + selection.split_n[kept_n].tobytes()).hexdigest()
         tokenizer = tokenizer_hash(self.tokenizer_folder)
-        return fingerprint({"documents": documents, "tokenizer": tokenizer, "shape": astuple(self._shape())})
+        return fingerprint(
+            {"documents": list(documents.items()), "tokenizer": tokenizer, "shape": astuple(self._shape())}
+        )
 
     def tokenise(self) -> list[tuple[TokenFile, ...]]:
         """Tokens of all documents that are kept, by domain; raises DataError when a domain fills no row."""
-        folder, tokenizer = self.building / "tokens", tokenizer_hash(self.tokenizer_folder)
-        token_tasks = [
-            [
-                TokenTask(
-                    task, split_n, scan.identity_n2, self.tokenizer_folder, tokenizer, folder / f"{task.index:06d}.json"
-                )
-                for task, scan, split_n in self._chosen(domain)
-            ]
-            for domain in range(len(self.inputs))
-        ]
+        token_tasks = [self._token_tasks(domain) for domain in range(len(self.inputs))]
         self._run("tokenising", run_tokens, token_tasks)
         token_files = [tuple(read_token_file(task.result) for task in tasks) for tasks in token_tasks]
-        for domain, item in enumerate(self.inputs):
-            check_filled(
-                item.name, token_files[domain], self.scans[domain], self.selections[domain], self._shape().width
-            )
+        width = self.config.sequence_length + 1
+        for item, files, scans, selection in zip(self.inputs, token_files, self.scans, self.selections, strict=True):
+            check_filled(item.name, files, concatenate(scans), selection, width)
         return token_files
 
     def write_rows(self, token_files: Sequence[tuple[TokenFile, ...]]) -> list[list[tuple[RowFile, ...]]]:
@@ -141,7 +134,7 @@ class Build:
         )
         identity = tokenizer_hash(self.tokenizer_folder)
         return Manifest(
-            fingerprint=store_fingerprint(domains, shape, identity),
+            fingerprint=store_fingerprint(domains, shape.width, shape.dtype, identity),
             sequence_length=self.config.sequence_length,
             dtype=shape.dtype,
             rows_per_file=shape.rows_per_file,
@@ -165,19 +158,25 @@ class Build:
         for domain, selection in enumerate(self.selections):
             joined = concatenate(self.scans[domain])
             take_n = excerpt_bytes(joined.rank_n, joined.num_bytes_n, selection.split_n == 0, share)
-            parts = self._by_task(domain, take_n)
-            tasks += [
-                ExcerptTask(task, part) for task, part in zip(self.tasks[domain], parts, strict=True) if part.any()
-            ]
+            for task, scan, taken_m in self._by_task(domain, take_n):
+                needed, left_m = narrow(task, scan, taken_m > 0)
+                tasks += [ExcerptTask(needed, taken_m[left_m])] if needed.units else []
         return itertools.chain.from_iterable(self.workers.map(read_excerpts, tasks))
 
-    def _chosen(self, domain: int) -> Iterable[tuple[Task, Scan, NDArray[np.int8]]]:
-        """Each task of a domain with its scan and the splits of its documents."""
-        parts = self._by_task(domain, self.selections[domain].split_n)
-        return zip(self.tasks[domain], self.scans[domain], parts, strict=True)
+    def _token_tasks(self, domain: int) -> list[TokenTask]:
+        folder, tokenizer = self.tokenizer_folder, tokenizer_hash(self.tokenizer_folder)
+        tasks = []
+        for task, scan, split_m in self._by_task(domain, self.selections[domain].split_n):
+            needed, left_m = narrow(task, scan, split_m != DROPPED)
+            result = self.building / "tokens" / f"{task.index:06d}.json"
+            tasks.append(TokenTask(needed, split_m[left_m], scan.identity_n2[left_m], folder, tokenizer, result))
+        return tasks
 
-    def _by_task(self, domain: int, values_n: NDArray[np.generic]) -> list[NDArray[np.generic]]:
-        return np.split(values_n, np.cumsum([len(scan) for scan in self.scans[domain]])[:-1])
+    def _by_task(self, domain: int, values_n: NDArray[Any]) -> Iterator[tuple[Task, Scan, NDArray[Any]]]:
+        """Each task of a domain with its scan and the values of its documents."""
+        scans = self.scans[domain]
+        parts = np.split(values_n, np.cumsum([len(scan) for scan in scans])[:-1])
+        return zip(self.tasks[domain], scans, parts, strict=True)
 
     def _run(self, stage: str, function: Callable[[Staged], None], tasks: Iterable[Sequence[Staged]]) -> None:
         """Run the tasks that have no result yet."""

@@ -16,6 +16,8 @@ from mixwright.data_mixing.staging import atomic_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 class RowFile(StrictModel):
@@ -59,7 +61,7 @@ class DomainManifest(StrictModel):
     fingerprint: str
     cap: Cap
     num_source_files: int = Field(ge=0)
-    splits: dict[Literal["train", "validation", "test"], SplitCounts]
+    splits: dict[Split, SplitCounts]
     dropped: Dropped
 
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixwright.data_mixing.corpora import DomainSource, SplitFractions
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 DROPPED = -1
 _PERSON = b"mixwright.cut"
 
@@ -27,12 +24,14 @@ class Scan:
     """What is known of a task's documents: identity uint64 [n, 2], rank uint64 [n], num_bytes int64 [n].
 
     `identity` is a 128-bit hash of the UTF-8 text, `rank` a seeded hash of it that orders documents at random.
-    `num_short` documents were left out for their length, and `bad` lists the unusable ones.
+    `per_unit` int64 [units] counts the documents of each unit. `num_short` documents were left out for their
+    length, `num_bad` were unusable, and `bad` tells of the first of these.
     """
 
     identity_n2: NDArray[np.uint64]
     rank_n: NDArray[np.uint64]
     num_bytes_n: NDArray[np.int64]
+    per_unit: NDArray[np.int64]
     num_short: int
     num_bad: int
     bad: tuple[str, ...]
@@ -86,7 +85,8 @@ def _select_domain(
     within_n = ~duplicate_n
     if source.max_bytes is not None:
         within_n = seeded_cut(scan.rank_n, scan.num_bytes_n, ~duplicate_n, source.max_bytes)
-    split_n = np.where(within_n, assign_splits(scan.identity_n2, split), np.int8(DROPPED)).astype(np.int8)
+    split_n = np.full(len(scan), DROPPED, np.int8)
+    split_n[within_n] = assign_splits(scan.identity_n2[within_n], split)
     return Selection(split_n, int(duplicate_n.sum()), int((~duplicate_n & ~within_n).sum()))
 
 
@@ -117,10 +117,18 @@ def excerpt_bytes(
 
 
 def assign_splits(identity_n2: NDArray[np.uint64], split: SplitFractions) -> NDArray[np.int8]:
-    """int8 [n], by document hash alone: with equal fractions a document is in the same split of every store."""
+    """int8 [n] of distinct documents, by their hash alone: the same document is in the same split of every store.
+
+    One exception: with three documents or more, a split that would have none gets the document that comes nearest.
+    """
     position_n = identity_n2[:, 0] / 2.0**64
     held_out_n = np.where(position_n < split.validation, 1, 2)
-    return np.where(position_n < split.validation + split.test, held_out_n, 0).astype(np.int8)
+    split_n = np.where(position_n < split.validation + split.test, held_out_n, 0).astype(np.int8)
+    for index, fraction in ((1, split.validation), (2, split.test)):
+        train = np.flatnonzero(split_n == 0)
+        if fraction > 0 and len(split_n) >= 3 and not (split_n == index).any() and len(train):
+            split_n[train[np.argmin(position_n[train])]] = index
+    return split_n
 
 
 def concatenate(scans: Iterable[Scan]) -> Scan:
@@ -130,6 +138,7 @@ def concatenate(scans: Iterable[Scan]) -> Scan:
         identity_n2=np.concatenate([part.identity_n2 for part in parts]),
         rank_n=np.concatenate([part.rank_n for part in parts]),
         num_bytes_n=np.concatenate([part.num_bytes_n for part in parts]),
+        per_unit=np.concatenate([part.per_unit for part in parts]),
         num_short=sum(part.num_short for part in parts),
         num_bad=sum(part.num_bad for part in parts),
         bad=tuple(where for part in parts for where in part.bad),

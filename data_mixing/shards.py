@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixwright.data_mixing.manifest import RowFile
+from mixwright.data_mixing.manifest import SPLITS, RowFile
 from mixwright.data_mixing.row_files import probe, write_rows
-from mixwright.data_mixing.selection import SPLITS
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.data_mixing.tokens import TokenFile
 

@@ -13,7 +13,7 @@ from mixwright.data_mixing.manifest import FORMAT_VERSION, fingerprint
 from mixwright.data_mixing.scan import Task
 from mixwright.data_mixing.units import Unit, file_units
 
-_MIN_TASK_BYTES, _MAX_TASK_BYTES, _TASKS_WANTED = 1 << 20, 64 << 20, 256
+_MIN_TASK_BYTES, _MAX_TASK_BYTES, _TASKS_WANTED = 1 << 18, 64 << 20, 256
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from mixwright.data_mixing.domain import Cap, Domain
 from mixwright.data_mixing.errors import DataError, StoreChanged, nearest
-from mixwright.data_mixing.manifest import DomainManifest, Manifest, RowFile, SplitCounts, read_manifest
+from mixwright.data_mixing.manifest import DomainManifest, Manifest, RowFile, Split, SplitCounts, read_manifest
 from mixwright.data_mixing.row_files import RowFileView, open_rows, probe
-from mixwright.data_mixing.selection import Split
 
 
 class TokenStore:

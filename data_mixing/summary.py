@@ -7,18 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixwright.data_mixing.errors import DataError
-from mixwright.data_mixing.manifest import DomainManifest, Dropped, RowFile, SplitCounts, fingerprint
-from mixwright.data_mixing.selection import SPLITS, Scan, Selection
-from mixwright.data_mixing.shards import RowShape
+from mixwright.data_mixing.manifest import SPLITS, DomainManifest, Dropped, RowFile, SplitCounts, fingerprint
+from mixwright.data_mixing.scan import MAX_BAD_EXAMPLES
+from mixwright.data_mixing.selection import Scan, Selection
 from mixwright.data_mixing.sources import DomainInput
 from mixwright.data_mixing.tokens import TokenFile
 
-_BAD_EXAMPLES = 5
 
-
-def check_filled(
-    name: str, token_files: Sequence[TokenFile], scans: Sequence[Scan], selection: Selection, width: int
-) -> None:
+def check_filled(name: str, token_files: Sequence[TokenFile], scan: Scan, selection: Selection, width: int) -> None:
     """Raises DataError, with the numbers, when a domain has no full training row."""
     num_tokens = sum(file.num_tokens[0] for file in token_files)
     if num_tokens >= width:
@@ -27,8 +23,8 @@ def check_filled(
     raise DataError(
         f"domain {name!r} is empty: {num_tokens} training tokens do not fill one row of {width}; documents: "
         f"{counts[0]} train, {counts[1]} validation, {counts[2]} test; dropped: {selection.num_duplicate} duplicate, "
-        f"{sum(s.num_short for s in scans)} short, {selection.num_over_limit} over max_bytes, "
-        f"{sum(s.num_bad for s in scans)} bad"
+        f"{scan.num_short} short, {selection.num_over_limit} over max_bytes, "
+        f"{scan.num_bad} bad"
     )
 
 
@@ -47,7 +43,7 @@ def domain_manifest(
     }
     return DomainManifest(
         name=item.name,
-        fingerprint=fingerprint([file.sha256 for file in splits["train"].files]),
+        fingerprint=domain_fingerprint(splits["train"].files),
         cap=item.source.cap,
         num_source_files=len(item.files),
         splits=splits,
@@ -56,7 +52,7 @@ def domain_manifest(
             short=scan.num_short,
             over_limit=selection.num_over_limit,
             bad=scan.num_bad,
-            bad_examples=scan.bad[:_BAD_EXAMPLES],
+            bad_examples=scan.bad[:MAX_BAD_EXAMPLES],
         ),
     )
 
@@ -81,7 +77,12 @@ def _split_counts(
     )
 
 
-def store_fingerprint(domains: Sequence[DomainManifest], shape: RowShape, tokenizer: str) -> str:
+def domain_fingerprint(train_files: Sequence[RowFile]) -> str:
+    """Identity of a domain's training tokens."""
+    return fingerprint([file.sha256 for file in train_files])
+
+
+def store_fingerprint(domains: Sequence[DomainManifest], width: int, dtype: str, tokenizer: str) -> str:
     """Identity of a store's rows: the tokens of every domain and split in order, their shape, the tokenizer."""
     tokens = [[d.name, *([file.sha256 for file in d.splits[split].files] for split in SPLITS)] for d in domains]
-    return fingerprint({"tokens": tokens, "width": shape.width, "dtype": shape.dtype, "tokenizer": tokenizer})
+    return fingerprint({"tokens": tokens, "width": width, "dtype": dtype, "tokenizer": tokenizer})

@@ -118,11 +118,14 @@ def _from_json(path: Path, eos_token: str | dict[str, Any]) -> TextTokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # in the sense of: encode them like other text
     eos = eos_token["content"] if isinstance(eos_token, dict) else eos_token
+    eos_id = tokenizer.token_to_id(eos)
+    if eos_id is None:
+        raise DataError(f"{path}: its end-of-text token {eos!r} is not in the vocabulary")
     return TextTokenizer(
         encode_batch=lambda texts: [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)],
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        eos_id=tokenizer.token_to_id(eos),
+        eos_id=eos_id,
     )
 
 
@@ -132,7 +135,8 @@ def _from_transformers(folder: Path) -> TextTokenizer:
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
 
     return TextTokenizer(
         encode_batch=encode_batch,

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixwright.data_mixing.errors import DataError
+from mixwright.data_mixing.manifest import SPLITS
 from mixwright.data_mixing.scan import Task, usable_texts
-from mixwright.data_mixing.selection import DROPPED, SPLITS, identity_of
+from mixwright.data_mixing.selection import DROPPED, identity_of
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.data_mixing.tokenizer import TextTokenizer, load_tokenizer
 
