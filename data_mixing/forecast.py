@@ -1,0 +1,150 @@
+"""What a run will read: rows, epochs and exhaustion of every domain, from the plan alone (spec/mixing.md 4.2).
+
+Cursors are a closed form of the step, so a forecast over any number of steps costs a few evaluations of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixwright.data_mixing.domain import Cap
+from mixwright.data_mixing.entries import Genesis, PolicyEntry
+from mixwright.data_mixing.history import RunHistory
+from mixwright.data_mixing.plan import CommittedPolicy, Exhaustion, Plan
+
+ASSUMED_LEAD_STEPS = 8
+"""Steps between the acceptance of a policy and its effect, where the trainer decides and a forecast must guess."""
+
+
+@dataclass(frozen=True)
+class DomainForecast:
+    """One domain over [from_step, until_step). `proportion` is its share of the tokens read in between.
+
+    `epochs` is how often it has been read by `until_step`, from the beginning of the run.
+    """
+
+    name: str
+    proportion: float
+    num_tokens: int
+    epochs: float
+    exhaustion: Exhaustion | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`stop_step` is the first step that cannot be filled; None when `until_step` is reached."""
+
+    from_step: int
+    until_step: int
+    stop_step: int | None
+    domains: tuple[DomainForecast, ...]
+
+
+@dataclass(frozen=True)
+class MixtureChange:
+    """A domain's proportion before and after a policy takes effect."""
+
+    name: str
+    before: float
+    after: float
+
+
+def forecast(genesis: Genesis, commits: Sequence[CommittedPolicy], from_step: int, until_step: int) -> Forecast:
+    """What is read in steps [from_step, until_step) under these commits, domains in catalogue order."""
+    plan = Plan(genesis, commits)
+    first_G, last_G = plan.cursors(from_step), plan.cursors(until_step)
+    drawn_G = last_G - first_G
+    events = plan.exhaustion(until_step)
+    # A later commit may raise a cap: the last event of a domain is the one that counts.
+    by_name = {event.domain: event for event in events}
+    stops = [event.step for event in events if event.action == "stop"]
+    total = max(int(drawn_G.sum()), 1)
+    domains = tuple(
+        DomainForecast(
+            name=domain.name,
+            proportion=int(drawn) / total,
+            num_tokens=int(drawn) * genesis.sequence_length,
+            epochs=int(last) / domain.num_rows,
+            exhaustion=by_name.get(domain.name),
+        )
+        for domain, drawn, last in zip(genesis.domains, drawn_G, last_G, strict=True)
+    )
+    return Forecast(from_step, until_step, min(stops, default=None), domains)
+
+
+def expected_commits(history: RunHistory, *more: PolicyEntry) -> list[CommittedPolicy]:
+    """The commits so far, and the ones to expect for what is pending and for `more`, in journal order.
+
+    Expected effective steps are estimates: the trainer decides when it commits. `more` gets the next entry numbers.
+    """
+    soonest = soonest_step(history)
+    waiting = [*history.pending(), *enumerate(more, start=history.last_lsn + 1)]
+    expected = [CommittedPolicy(max(policy.at_step or 0, soonest), lsn, policy) for lsn, policy in waiting]
+    return [*history.commits, *sorted(expected, key=lambda commit: (commit.effective_step, commit.lsn))]
+
+
+def first_open_step(history: RunHistory) -> int:
+    """The first step that a policy submitted now could change, if the trainer is no further than it reported."""
+    return max(history.last_step + 1, history.commits[-1].effective_step) if history.commits else 0
+
+
+def soonest_step(history: RunHistory) -> int:
+    """About the first step that a policy submitted now will change: the trainer commits some steps ahead."""
+    return max(first_open_step(history), history.last_step + 1 + ASSUMED_LEAD_STEPS) if history.commits else 0
+
+
+def mixture_change(
+    genesis: Genesis, before: Sequence[CommittedPolicy], after: Sequence[CommittedPolicy], step: int
+) -> list[MixtureChange]:
+    """Proportions of all domains at `step` under two lists of commits, caps included."""
+    before_G = Plan(genesis, before).proportions(step)
+    after_G = Plan(genesis, after).proportions(step)
+    pairs = zip(genesis.domains, before_G.tolist(), after_G.tolist(), strict=True)
+    return [MixtureChange(domain.name, old, new) for domain, old, new in pairs]
+
+
+def dead_end(genesis: Genesis, commits: Sequence[CommittedPolicy]) -> str | None:
+    """Why the run cannot be finished under these commits; None when it can, or when a cap says `stop` itself."""
+    events = Plan(genesis, commits).exhaustion()
+    last = next((event for event in events if event.action == "stop"), None)
+    if last is None or _cap(genesis, _in_force(commits, last.step), last.domain).on_exhaust == "stop":
+        return None
+    reached = [f"{event.domain} {event.max_epochs:g} epochs" for event in events if event.step <= last.step]
+    return (
+        f"caps: from step {last.step} of {genesis.num_steps} on there would be nothing left to read "
+        f"({', '.join(dict.fromkeys(reached))}); raise max_epochs, or set on_exhaust: allow (or stop, to end there)"
+    )
+
+
+def remarks(genesis: Genesis, commits: Sequence[CommittedPolicy], policy: PolicyEntry) -> list[str]:
+    """What a user should know about an accepted policy: domains that get nothing, domains that run out.
+
+    `commits` are the expected ones, `policy` among them.
+    """
+    used = {index for segment in policy.program for index in np.flatnonzero(segment.proportions).tolist()}
+    unused = [domain.name for index, domain in enumerate(genesis.domains) if index not in used]
+    lines = [f"these domains get 0: {', '.join(unused)}"] if unused else []
+    effective_step = next(commit.effective_step for commit in commits if commit.policy is policy)
+    return lines + [describe(event) for event in Plan(genesis, commits).exhaustion() if event.step >= effective_step]
+
+
+def describe(event: Exhaustion) -> str:
+    """An exhaustion as a sentence."""
+    outcome = {
+        "renormalise": "its share goes to the other domains",
+        "stop": "the run ends there",
+        "allow": "it goes on repeating",
+    }[event.action]
+    return f"{event.domain} reaches {event.max_epochs:g} epochs at step {event.step}: {outcome}"
+
+
+def _in_force(commits: Sequence[CommittedPolicy], step: int) -> PolicyEntry:
+    return next(commit.policy for commit in reversed(commits) if commit.effective_step <= step)
+
+
+def _cap(genesis: Genesis, policy: PolicyEntry, name: str) -> Cap:
+    default = next(domain.cap for domain in genesis.domains if domain.name == name)
+    return policy.caps.get(name, default)
