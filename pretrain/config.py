@@ -98,6 +98,7 @@ class DropoutPoint(StrictModel):
 class TrainingConfig(StrictModel):
     """Shape of the run. `rows_per_step` is the global batch: it does not change with the number of ranks.
 
+    `zero_stage` 0 with bfloat16 runs as ZeRO 1 (see engine.py).
     `z_loss` is the coefficient of PaLM's `lse**2` term, averaged over tokens. `dropout` is a step function of
     the optimizer step; empty leaves the model's own setting.
     """

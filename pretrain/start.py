@@ -115,7 +115,7 @@ def open_mixing(config: PretrainConfig, store: TokenStore, ranks: Ranks, watcher
         ranks.barrier()
         recorded = read_history(config.run_dir)
         check_genesis(recorded.genesis, genesis)
-        yield MixingSide(recorded.genesis, recorded.lease("trainer").epoch)
+        yield MixingSide(recorded.genesis, recorded.leases["trainer"].epoch)
         return
     journal = Journal(journal_folder(config.run_dir), writer="leader")
     first_policy = accept(config.mixing.policy, genesis)

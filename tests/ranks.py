@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -38,19 +39,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank(rank: int, world: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     try:
-        results.put((rank, function(*arguments), None))
+        # Pickled here: a queue would share tensors through descriptors, which end with this process.
+        results.put((rank, pickle.dumps(function(*arguments)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
 
 
-def _checked(item: tuple[int, Any, str | None]) -> tuple[int, Any]:
+def _checked(item: tuple[int, bytes, str | None]) -> tuple[int, Any]:
     rank, value, failure = item
     if failure is not None:
         raise AssertionError(f"rank {rank} failed:\n{failure}")
-    return rank, value
+    return rank, pickle.loads(value)

@@ -26,7 +26,11 @@ MODELS = [
 @pytest.mark.parametrize("settings", MODELS, ids=lambda s: f"{s['model_type']}-{s.get('tie_word_embeddings', '')}")
 def test_losses_and_gradients_are_those_of_the_models_own_logits(settings: dict) -> None:
     torch.manual_seed(0)
-    causal_lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=97, pad_token_id=None, **settings)).double().eval()
+    causal_lm = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=97, pad_token_id=None, **settings))
+        .double()
+        .eval()
+    )
     tokens_BS = torch.randint(0, 97, (3, 12))
     upstream_N = torch.randn(33, dtype=torch.float64)
     logits_NV = causal_lm(tokens_BS[:, :-1], use_cache=False).logits.flatten(0, 1)
@@ -38,7 +42,9 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(settings: dict)
     (losses.nll_N * upstream_N).sum().backward()
     torch.testing.assert_close(losses.nll_N, expected_N, rtol=0, atol=1e-9)
     for name, parameter in causal_lm.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_tied_embedding_is_counted_and_trained_once() -> None:
@@ -86,4 +92,6 @@ def test_a_model_that_changes_its_logits_in_private_is_refused(monkeypatch: pyte
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
     with pytest.raises(TrainingError, match="changes its logits after the output projection"):
-        build_model(ModelConfig(config={**LLAMA, "initializer_range": 1.0}), vocab_size=97, sequence_length=16, eos_id=0, seed=0)
+        build_model(
+            ModelConfig(config={**LLAMA, "initializer_range": 1.0}), vocab_size=97, sequence_length=16, eos_id=0, seed=0
+        )
