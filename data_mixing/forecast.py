@@ -75,13 +75,13 @@ def forecast(genesis: Genesis, commits: Sequence[CommittedPolicy], from_step: in
     return Forecast(from_step, until_step, min(stops, default=None), domains)
 
 
-def expected_commits(history: RunHistory, *more: PolicyEntry) -> list[CommittedPolicy]:
-    """The commits so far, and the ones to expect for what is pending and for `more`, in journal order.
+def expected_commits(history: RunHistory, new: tuple[int, PolicyEntry] | None = None) -> list[CommittedPolicy]:
+    """The commits so far, and the ones to expect for what is pending and for policy `new` (its entry number, itself).
 
-    Expected effective steps are estimates: the trainer decides when it commits. `more` gets the next entry numbers.
+    Expected effective steps are estimates: the trainer decides when it commits.
     """
     soonest = soonest_step(history)
-    waiting = [*history.pending(), *enumerate(more, start=history.last_lsn + 1)]
+    waiting = dict([*history.pending(), *([new] if new else [])]).items()
     expected = [CommittedPolicy(max(policy.at_step or 0, soonest), lsn, policy) for lsn, policy in waiting]
     return [*history.commits, *sorted(expected, key=lambda commit: (commit.effective_step, commit.lsn))]
 
@@ -119,16 +119,18 @@ def dead_end(genesis: Genesis, commits: Sequence[CommittedPolicy]) -> str | None
     )
 
 
-def remarks(genesis: Genesis, commits: Sequence[CommittedPolicy], policy: PolicyEntry) -> list[str]:
-    """What a user should know about an accepted policy: domains that get nothing, domains that run out.
+def remarks(genesis: Genesis, commits: Sequence[CommittedPolicy], lsn: int) -> list[str]:
+    """What a user should know about accepted policy `lsn`: domains that get nothing, domains that run out.
 
-    `commits` are the expected ones, `policy` among them.
+    `commits` are the expected ones, that of policy `lsn` among them.
     """
-    used = {index for segment in policy.program for index in np.flatnonzero(segment.proportions).tolist()}
+    new = next(commit for commit in commits if commit.lsn == lsn)
+    used = {index for segment in new.policy.program for index in np.flatnonzero(segment.proportions).tolist()}
     unused = [domain.name for index, domain in enumerate(genesis.domains) if index not in used]
     lines = [f"these domains get 0: {', '.join(unused)}"] if unused else []
-    effective_step = next(commit.effective_step for commit in commits if commit.policy is policy)
-    return lines + [describe(event) for event in Plan(genesis, commits).exhaustion() if event.step >= effective_step]
+    return lines + [
+        describe(event) for event in Plan(genesis, commits).exhaustion() if event.step >= new.effective_step
+    ]
 
 
 def describe(event: Exhaustion) -> str:

@@ -99,7 +99,7 @@ def accept(document: Any, genesis: Genesis, *, history: RunHistory | None = None
         why=parsed.why,
         request_id=request_id,
     )
-    reason = dead_end(genesis, expected_commits(history, entry))
+    reason = dead_end(genesis, expected_commits(history, (history.last_lsn + 1, entry)))
     if reason:
         raise PolicyRejected(reason)
     return entry

@@ -1,0 +1,313 @@
+"""The mixing service of a run as other processes see it: whether it is there, how to start it. Needs no Ray.
+
+Ray lives in processes of its own. A Ray driver is ended by Ray's client 60 s after the cluster's head is gone, aborted
+when a token is missing, and kept waiting for 40 s by a frozen head; neither a trainer nor a command may suffer that.
+
+    service.json   what the service's host process says about itself (`ServiceRecord`)
+    service.lock   held by the host for as long as it lives, however it dies
+    service.watch  the trainer on whose behalf the host runs; it ends when that process is gone (`ServiceProcess`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mixwright.data_mixing.config_file import StrictModel, validate
+from mixwright.data_mixing.errors import ConfigError, ServiceUnavailable
+
+RECORD, LOCK, WATCH, LOG = "service.json", "service.lock", "service.watch", "logs/service.log"
+HOST_MODULE = "mixwright.launch.mixing_host"
+STOP_TIMEOUT_S = 20.0
+LOCK_RETRY_S = 1.0
+POLL_INTERVAL_S = 0.1
+TOKEN_REMEDY = (
+    "put the cluster's token (`ray get-auth-token` on its head node) into ~/.ray/auth_token, or set "
+    "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+)
+
+State = Literal["starting", "ready", "failed", "stopped"]
+
+
+class ServiceRecord(StrictModel):
+    """What service.json holds. `address`, `actor` and `namespace` find the controller once `state` is `ready`.
+
+    `private`: the host started a Ray of its own, which only this machine and user can reach; its files are in
+    `ray_folder`, its token in `token_path`. `watched`: it ends with the trainer that it was started for.
+    """
+
+    state: State
+    run: str
+    host: str
+    pid: int
+    private: bool
+    watched: bool
+    address: str = ""
+    namespace: str = ""
+    actor: str = ""
+    token_path: Path | None = None
+    ray_folder: Path | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """How far the service is; `message` is one line for people."""
+
+    state: State
+    message: str
+
+
+def read_record(run_dir: Path) -> ServiceRecord | None:
+    """What the newest host of the run wrote; None when there was none. Raises ServiceUnavailable when unreadable."""
+    path = run_dir / RECORD
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return validate(ServiceRecord, tree, str(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ConfigError) as error:
+        raise ServiceUnavailable(f"{path}: cannot be read: {error}") from None
+
+
+def write_record(run_dir: Path, record: ServiceRecord) -> None:
+    """Replace service.json; readers see the old one or the new one, whole."""
+    _replace(run_dir / RECORD, record.model_dump_json(indent=1))
+
+
+@contextlib.contextmanager
+def host_lock(run_dir: Path) -> Iterator[bool]:
+    """Hold the run's service lock; yields False when another host holds it. The kernel releases it at any death."""
+    with (run_dir / LOCK).open("a+") as file:
+        held = False
+        # Readers hold the lock for an instant to see whether it is free.
+        deadline = time.monotonic() + LOCK_RETRY_S
+        while not held:
+            held = _try_lock(file.fileno(), fcntl.LOCK_EX)
+            if held or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        yield held
+
+
+def has_host(run_dir: Path) -> bool:
+    """Whether a host process of the run is alive."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            return not _try_lock(file.fileno(), fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ServiceUnavailable(f"{run_dir / LOCK}: cannot be read: {error.strerror}") from None
+
+
+def service_status(run_dir: Path) -> ServiceStatus:
+    """State of the run's service, from its files."""
+    record = read_record(run_dir)
+    hint = f"start it with `mixwright mix up --run {run_dir}`"
+    if record is None:
+        return ServiceStatus("stopped", f"run {run_dir.name!r} has no mixing service; {hint}")
+    if has_host(run_dir):
+        return ServiceStatus(record.state, _describe(record, run_dir))
+    if record.state in ("failed", "stopped"):
+        return ServiceStatus(record.state, f"{_describe(record, run_dir)}; {hint}")
+    return ServiceStatus("failed", f"the mixing service of run {record.run!r} was killed; {hint}")
+
+
+def _describe(record: ServiceRecord, run_dir: Path) -> str:
+    match record.state:
+        case "ready":
+            return f"mixing service at {record.address}: `mixwright mix submit POLICY.yaml --run {run_dir}`"
+        case "starting":
+            return f"the mixing service of run {record.run!r} is starting"
+        case "failed":
+            return f"the mixing service of run {record.run!r} failed: {record.message} (see {run_dir / LOG})"
+        case "stopped":
+            return f"the mixing service of run {record.run!r} has ended" + (
+                f": {record.message}" * bool(record.message)
+            )
+
+
+class ServiceProcess:
+    """The run's service as its trainer, or `mix up`, holds it: started without waiting, polled, stopped.
+
+    A service that another process started is adopted; `stop` ends it only if it runs on behalf of a trainer.
+    """
+
+    def __init__(self, run_dir: Path, command: list[str], is_watched: bool) -> None:
+        self.run_dir = run_dir
+        self._command, self._is_watched = command, is_watched
+        self._process: subprocess.Popen[bytes] | None = None
+        self.failure = ""
+
+    def poll(self) -> ServiceStatus:
+        """State now. Starts the host when there is none and this object has not started one before."""
+        if self._process is None and not self.failure:
+            if has_host(self.run_dir):
+                return service_status(self.run_dir)
+            self._spawn()
+        if self._process is None:
+            return ServiceStatus("failed", self.failure)
+        is_running = self._process.poll() is None
+        record = read_record(self.run_dir)
+        if record is not None and record.pid == self._process.pid:
+            return ServiceStatus(record.state, _describe(record, self.run_dir)) if is_running else self._ended(record)
+        if is_running:
+            return ServiceStatus("starting", f"the mixing service of run {self.run_dir.name!r} is starting")
+        # Another host may have been faster to take the lock.
+        return service_status(self.run_dir) if has_host(self.run_dir) else self._ended(None)
+
+    def wait(self, timeout_s: float) -> ServiceStatus:
+        """State once the service is ready or has failed, or `starting` after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while (status := self.poll()).state == "starting" and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL_S)
+        if status.state == "starting":
+            return ServiceStatus("starting", f"{status.message}, not ready after {timeout_s:g} s")
+        return status
+
+    def stop(self) -> None:
+        """End the service and its own Ray, waiting up to STOP_TIMEOUT_S; one that was started by hand stays."""
+        if self._process is not None:
+            _end(self._process)
+        elif self._is_watched and has_host(self.run_dir):
+            record = read_record(self.run_dir)
+            if record is not None and record.watched:
+                stop_service(self.run_dir)
+
+    def _spawn(self) -> None:
+        log_path = self.run_dir / LOG
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            with log_path.open("ab") as log:
+                # A session of its own: Ctrl-C in the trainer's terminal is not for the service.
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+        except OSError as error:
+            self.failure = f"the mixing service of run {self.run_dir.name!r} cannot be started: {error}"
+
+    def _ended(self, record: ServiceRecord | None) -> ServiceStatus:
+        """Why the host that was started here is gone: it says so itself, or it was killed."""
+        if record is not None and record.state in ("failed", "stopped"):
+            return ServiceStatus(record.state, _describe(record, self.run_dir))
+        code = self._process.returncode if self._process is not None else None
+        return ServiceStatus(
+            "failed",
+            f"the mixing service of run {self.run_dir.name!r} ended with code {code}: {_last_line(self.run_dir / LOG)}",
+        )
+
+
+def start_service(run_dir: Path, *, address: str | None = None, watch_pid: int | None = -1) -> ServiceProcess:
+    """Start the run's mixing service, or adopt the one that is there. Returns at once.
+
+    `address` is a Ray cluster (None: RAY_ADDRESS, else a private local Ray). The service ends when process `watch_pid`
+    is gone (default: the caller; None: it runs until `mix down` or the end of the run).
+    """
+    command = [sys.executable, "-m", HOST_MODULE, "--run", str(run_dir)]
+    if address is not None:
+        command += ["--address", address]
+    if watch_pid is not None:
+        command.append("--watch")
+    service = ServiceProcess(run_dir, command, watch_pid is not None)
+    try:
+        if watch_pid is not None:
+            _replace(run_dir / WATCH, json.dumps(_identity(os.getpid() if watch_pid == -1 else watch_pid)))
+        service.poll()
+    except ServiceUnavailable as error:
+        service.failure = str(error)
+    return service
+
+
+def is_watched_alive(run_dir: Path) -> bool:
+    """Whether the process that the service runs for is alive: the same one, not another with its number."""
+    try:
+        wanted = json.loads((run_dir / WATCH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(wanted, dict) and isinstance(wanted.get("pid"), int) and _identity(wanted["pid"]) == wanted
+
+
+def stop_service(run_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
+    """Ask the run's host on this machine to end, and make it end. False when there is none here."""
+    record = read_record(run_dir)
+    if record is None or not has_host(run_dir) or record.host != socket.gethostname():
+        return False
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGTERM)
+        while has_host(run_dir) and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL_S)
+        if has_host(run_dir):
+            os.kill(record.pid, signal.SIGKILL)
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _identity(pid: int) -> dict[str, int | str]:
+    """A process by its number and its start time (Linux), which together are not given out twice."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return {"pid": pid, "started": "", "alive": int(_exists(pid))}
+    # The command in parentheses may hold spaces; the start time is field 22 of the line, a zombie is dead.
+    state, *fields = stat.rpartition(")")[2].split()
+    return {"pid": pid, "started": fields[18], "alive": int(state != "Z")}
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ServiceUnavailable(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return "no log"
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "nothing in its log")
