@@ -1,7 +1,7 @@
 """Passes over the rows of a head, block by block: what engines A, R and S have in common.
 
-Matmuls are torch's (oneDNN, cuBLAS); the work on rows of logits is done by `rows_torch`. A block is small enough to
-stay in cache on a CPU and large enough to fill a GPU; its scratch of logits is reused from block to block.
+Matmuls are torch's (oneDNN, cuBLAS); the work on rows of logits is done by `rows_torch`. Blocks of rows whose gradient
+is kept need no scratch and are as large as matmuls like them; the others share one scratch of a bounded size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from mixwright.kernels.head_inputs import HeadInputs
 from mixwright.kernels.rows_torch import RowStats, unit_gradient_
 
-CPU_BLOCK_BYTES, CPU_BLOCK_ROWS = 16 << 20, 512
-GPU_BLOCK_BYTES, GPU_BLOCK_ROWS = 512 << 20, 8192
+CPU_SCRATCH_BYTES, CPU_SCRATCH_ROWS, CPU_CACHED_ROWS = 16 << 20, 512, 1024
+GPU_SCRATCH_BYTES, GPU_SCRATCH_ROWS, GPU_CACHED_ROWS = 512 << 20, 8192, 8192
 
 
 class RowOptions(NamedTuple):
@@ -60,24 +60,23 @@ class Needs(NamedTuple):
         )
 
 
-def rows_per_block(vocabulary: int, row_dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of logits that fit the scratch budget of a block."""
+def rows_per_scratch(vocabulary: int, row_dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of logits that fit the scratch of a block."""
     on_cpu = device.type == "cpu"
-    budget, largest = (CPU_BLOCK_BYTES, CPU_BLOCK_ROWS) if on_cpu else (GPU_BLOCK_BYTES, GPU_BLOCK_ROWS)
+    budget, largest = (CPU_SCRATCH_BYTES, CPU_SCRATCH_ROWS) if on_cpu else (GPU_SCRATCH_BYTES, GPU_SCRATCH_ROWS)
     return max(64, min(largest, budget // (vocabulary * row_dtype.itemsize)))
 
 
 def gradient_blocks(head: HeadInputs, cache_CV: Tensor, options: RowOptions) -> Iterator[Block]:
     """Pass over all rows. The gradient of the first C rows stays in `cache_CV`, that of the others is overwritten."""
     num_rows, vocabulary = head.hidden_ND.shape[0], head.weight_VD.shape[0]
-    num_cached = cache_CV.shape[0]
-    block_rows = rows_per_block(vocabulary, head.row_dtype, head.hidden_ND.device)
-    scratch_nV = head.hidden_ND.new_empty(min(block_rows, num_rows - num_cached), vocabulary)
-    for first, last, buffer_nV in ((0, num_cached, cache_CV), (num_cached, num_rows, None)):
-        for start in range(first, last, block_rows):
-            span = slice(start, min(start + block_rows, last))
-            out_nV = scratch_nV[: span.stop - start] if buffer_nV is None else buffer_nV[span]
-            yield _gradient_block(head, span, out_nV, options)
+    num_cached, device = cache_CV.shape[0], head.hidden_ND.device
+    for span in _spans(0, num_cached, CPU_CACHED_ROWS if device.type == "cpu" else GPU_CACHED_ROWS):
+        yield _gradient_block(head, span, cache_CV[span], options)
+    block_rows = min(num_rows - num_cached, rows_per_scratch(vocabulary, head.row_dtype, device))
+    scratch_nV = head.hidden_ND.new_empty(block_rows, vocabulary)
+    for span in _spans(num_cached, num_rows, block_rows):
+        yield _gradient_block(head, span, scratch_nV[: span.stop - span.start], options)
 
 
 def raw_logits(
@@ -98,12 +97,12 @@ def raw_logits(
 def bind_rows(hidden_ND: Tensor, coefficient_N: Tensor) -> tuple[Tensor, Tensor | None]:
     """(coefficient * hidden) / scale in the dtype of hidden, and the scale.
 
-    Token-mean coefficients of 1/N leave the range of float16; dividing by the largest one keeps them in it.
+    Token-mean coefficients of 1/N leave the range of float16; a power of two near the largest one keeps them in it.
     """
     if hidden_ND.dtype != torch.float16:
         return (hidden_ND * coefficient_N[:, None]).to(hidden_ND.dtype), None
     largest = coefficient_N.abs().amax() if coefficient_N.numel() else coefficient_N.new_zeros(())
-    scale = torch.where(largest > 0, largest, 1)
+    scale = torch.where(largest > 0, largest, 1).log2().floor().exp2()
     return (hidden_ND * (coefficient_N / scale)[:, None]).to(hidden_ND.dtype), scale
 
 
@@ -125,6 +124,10 @@ def add_onehot_rows_(gradients: Gradients, head: HeadInputs, hidden_ND: Tensor, 
         gradients.weight_VD.index_add_(0, targets_N, (onehot_N[:, None] * hidden_ND).to(gradients.weight_VD.dtype))
     if gradients.bias_V is not None:
         gradients.bias_V.index_add_(0, targets_N, onehot_N.to(gradients.bias_V.dtype))
+
+
+def _spans(first: int, last: int, length: int) -> Iterator[slice]:
+    return (slice(start, min(start + length, last)) for start in range(first, last, max(1, length)))
 
 
 def _gradient_block(head: HeadInputs, span: slice, out_nV: Tensor, options: RowOptions) -> Block:

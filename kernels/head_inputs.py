@@ -42,13 +42,12 @@ class HeadInputs(NamedTuple):
         return torch.where(self.has_target(), self.targets_N, 0)
 
     def live_rows(self) -> Tensor:
-        """Bool [N]: rows that have a target and only finite hidden values. The others enter no matmul."""
-        peak_N: Tensor = torch.linalg.vector_norm(self.hidden_ND, ord=math.inf, dim=1)
-        return peak_N.isfinite() & self.has_target()
+        """Bool [N]: rows that have a target and a finite sum of hidden values. The others enter no matmul."""
+        return self.hidden_ND.sum(1, dtype=self.row_dtype).isfinite() & self.has_target()
 
     def live_hidden(self) -> Tensor:
         """Hidden with zeros in the rows that are not live, so that 0 * NaN meets no sum; [N, D]."""
-        return torch.where(self.live_rows()[:, None], self.hidden_ND, 0)
+        return self.hidden_ND.masked_fill(~self.live_rows()[:, None], 0)
 
     def rows(self, span: slice) -> HeadInputs:
         """The same head on some of the rows."""

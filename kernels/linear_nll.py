@@ -252,7 +252,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if dentropy is not None:
+    if dentropy is not None and dentropy.numel():
         raise RuntimeError("linear_nll: the entropy is not differentiable, but a gradient reached it: detach it")
     no_gradient = (None,) * 9
     if dnll is None and dlse is None:
