@@ -125,14 +125,14 @@ class MixingConfig(StrictModel):
 
     `policy` is a policy document or the path of one. A policy becomes effective at least `lead_steps` after it
     is seen. `service`: `auto` trains on without a controller when Ray cannot start, `required` stops instead
-    (exit code 3), `off` starts none.
+    (exit code 3), `none` starts none.
     """
 
     policy: Path | dict[str, Any]
     prefetch_steps: int = Field(default=4, ge=1, le=1024)
     lead_steps: int = Field(default=8, ge=2)
     report_every: Positive = 10
-    service: Literal["auto", "required", "off"] = "auto"
+    service: Literal["auto", "required", "none"] = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; None: RAY_ADDRESS, else a local Ray")
     service_timeout_s: float = Field(default=60.0, gt=0)
 

@@ -93,7 +93,7 @@ def _check_head(model: LanguageModel, vocab_size: int) -> None:
 
 def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder: Path, folder: Path) -> None:
     """Write a Hugging Face folder: full `parameters` (by LanguageModel name), configuration and tokenizer."""
-    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one by its first name
     state = {name: parameters[names[id(parameter)]] for name, parameter in _causal_lm_parameters(model.causal_lm)}
     state |= {
         name: buffer for name, buffer in model.causal_lm.state_dict().items() if name not in state and buffer.numel()

@@ -131,7 +131,7 @@ def open_mixing(config: PretrainConfig, store: TokenStore, ranks: Ranks, watcher
 
 def _start_service(config: PretrainConfig) -> ServiceProcess | None:
     mixing = config.mixing
-    if mixing.service == "off":
+    if mixing.service == "none":
         return None
     service = start_service(config.run_dir, address=mixing.address)
     if mixing.service == "required":

@@ -23,7 +23,7 @@ def tiny_tree(folder: Path, store: Path, **changes: Any) -> dict[str, Any]:
         "optimizer": {"lr": 1e-2},
         "schedule": {"warmup_steps": 2},
         "training": {"num_steps": 12, "rows_per_step": 8, "micro_batch_rows": 4, "num_threads": 1},
-        "mixing": {"policy": {"kind": "temperature", "temperature": 1.0}, "service": "off", "report_every": 5},
+        "mixing": {"policy": {"kind": "temperature", "temperature": 1.0}, "service": "none", "report_every": 5},
         "evaluation": {"every": 6, "rows_per_domain": 4, "test_rows_per_domain": 4},
         "checkpoint": {"every": 4, "keep": 2},
         "metrics": {"tensorboard": False},

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from mixwright.data_mixing.config_file import validate
+from mixwright.data_mixing.corpora import CorporaConfig
+from mixwright.data_mixing.prepare import prepare
+
+WORDS = {
+    "letters": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split(),
+    "numbers": "one two three four five six seven eight nine ten eleven twelve".split(),
+    "colours": "red green blue black white yellow orange purple brown pink grey".split(),
+}
+NUM_DOCUMENTS = {"letters": 160, "numbers": 80, "colours": 40}
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store of three domains of unequal size, rows of 16 tokens, made by the real preparation."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for name, words in WORDS.items():
+        chance = random.Random(name)
+        documents = [" ".join(chance.choices(words, k=60)) for _ in range(NUM_DOCUMENTS[name])]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    tree = {
+        "output": str(folder / "store"),
+        "sequence_length": 16,
+        "tokenizer": {"train": {"vocab_size": 300}},
+        "split": {"validation": 0.1, "test": 0.1},
+        "domains": {name: {"paths": [f"{name}.jsonl"]} for name in WORDS},
+        "num_workers": 1,
+    }
+    prepare(validate(CorporaConfig, tree, "tiny corpora"), folder)
+    return folder / "store"
