@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mixwright.data_mixing.apportion import MAX_ROWS, Apportionment, without
 from mixwright.data_mixing.domain import Cap, OnExhaust
-from mixwright.data_mixing.entries import PROPORTION_TOTAL, Genesis, PolicyEntry
+from mixwright.data_mixing.entries import Genesis, PolicyEntry
 from mixwright.data_mixing.errors import MixingError, nearest
 
 NO_LIMIT = int(np.iinfo(np.int64).max)
@@ -192,10 +192,10 @@ class Stretch:
         """The state at `step`, start.step <= step <= end_step."""
         if self.apportionment is None:
             return replace(self.start, step=step)
-        cursor_G = self.cursors(step)
-        promised_G = (step - self.start.step) * self.rows_per_step * self.apportionment.proportions
-        credit_G = self.start.credit_G + promised_G - (cursor_G - self.start.cursor_G) * PROPORTION_TOTAL
-        return replace(self.start, step=step, cursor_G=cursor_G, credit_G=credit_G)
+        num_rows = (step - self.start.step) * self.rows_per_step
+        count_G = self.apportionment.counts(num_rows)
+        credit_G = self.apportionment.carried(num_rows, count_G)
+        return replace(self.start, step=step, cursor_G=self.start.cursor_G + count_G, credit_G=credit_G)
 
 
 class Timeline:
