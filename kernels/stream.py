@@ -25,6 +25,7 @@ from mixwright.kernels.blocks import (
     gradient_blocks,
 )
 from mixwright.kernels.head_inputs import HeadInputs
+from mixwright.kernels.token_losses import weighted_sum
 
 
 class Weights(NamedTuple):
@@ -68,11 +69,6 @@ def forward_stream(head: HeadInputs, weights: Weights, needs: Needs, *, precise:
     if weights.z_loss != 0:
         loss_sum = loss_sum + weights.z_loss * weighted_sum(lse_N.square(), weights.squared_lse_N)
     return StreamResult(loss_sum, nll_N, lse_N, out)
-
-
-def weighted_sum(losses_N: Tensor, weight_N: Tensor) -> Tensor:
-    """sum_i w_i * loss_i, where a weight of 0 silences even a loss that is NaN."""
-    return torch.where(weight_N == 0, 0, losses_N * weight_N).sum()
 
 
 def _zero_gradients(head: HeadInputs, needs: Needs) -> Gradients:
