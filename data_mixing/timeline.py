@@ -234,10 +234,8 @@ class Timeline:
         """What is in force at `step`; raises MixingError when nothing is."""
         index = bisect.bisect_right(self._regimes, step, key=lambda regime: regime.start_step)
         if index == 0:
-            first = (
-                f"the first policy takes effect at step {self._regimes[0].start_step}" if self._regimes else "none is"
-            )
-            raise MixingError(f"no policy is in force at step {step}: {first} committed")
+            starts = [f"the first takes effect at step {regime.start_step}" for regime in self._regimes]
+            raise MixingError(f"no policy is in force at step {step}: {(*starts, 'none is committed')[0]}")
         return self._regimes[index - 1]
 
     def at(self, step: int) -> Stretch:
