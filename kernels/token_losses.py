@@ -41,7 +41,7 @@ def comp_sum(nll_N: Tensor, tau: float, straight_beyond: float = 20.0) -> Tensor
         return torch.expm1((1 - tau) * nll_N) / (1 - tau)
     curved_N = nll_N.clamp(max=straight_beyond)
     slope = math.exp((1 - tau) * straight_beyond)
-    return torch.expm1((1 - tau) * curved_N) / (1 - tau) + (nll_N - straight_beyond).clamp(min=0) * slope
+    return torch.expm1((1 - tau) * curved_N) / (1 - tau) + torch.relu(nll_N - straight_beyond) * slope
 
 
 def mean_logit(
