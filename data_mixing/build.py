@@ -52,9 +52,15 @@ class Build:
         self.workers, self.progress = workers, progress
         self.store = building / "store"
         self.tokenizer_folder = self.store / "tokenizer"
-        self.tasks = plan_tasks(config, inputs, building / "spool")
+        self.tasks: list[list[Task]] = []
         self.scans: list[list[Scan]] = []
         self.selections: list[Selection] = []
+
+    def plan(self) -> None:
+        """Cut the sources into tasks; streams are fetched for that."""
+        self.progress("looking at the sources", 0, 1)
+        self.tasks = plan_tasks(self.config, self.inputs, self.building / "spool")
+        self.progress("looking at the sources", 1, 1)
 
     def choose_documents(self) -> None:
         """Read everything once; drop duplicates, short ones and what is over the limits; assign splits."""

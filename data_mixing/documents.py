@@ -40,20 +40,9 @@ def read_unit(unit: Unit) -> Iterator[str | BadDocument]:
         "docstrings": _read_docstrings, "dataset": _read_table,
     }  # fmt: skip
     try:
-        for document in readers[unit.format](unit):
-            yield _without_surrogates(unit, document)
+        yield from readers[unit.format](unit)
     except OSError as error:
         raise DataError(f"{unit.path}: cannot be read: {error.strerror or error}") from None
-
-
-def _without_surrogates(unit: Unit, document: str | BadDocument) -> str | BadDocument:
-    # JSON may hold half a surrogate pair ("\ud800"), which is no Unicode text and has no UTF-8 form.
-    if isinstance(document, str) and not document.isascii():
-        try:
-            document.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return BadDocument(str(unit.path), f"unpaired surrogate at character {error.start} of {document[:40]!r}")
-    return document
 
 
 # --- readers ----------------------------------------------------------------------------------------------------
@@ -129,7 +118,7 @@ def _parse_line(line: bytes, text_field: str) -> str | BadDocument | None:
     if not line.strip():
         return None
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return _undecodable("", error)
     except (ValueError, RecursionError) as error:
@@ -145,6 +134,15 @@ def _text_of(record: dict[str, Any], text_field: str) -> str | BadDocument:
     text = record[text_field]
     if not isinstance(text, str):
         return BadDocument("", f"field {text_field!r} is {type(text).__name__}, expected a string")
+    return _without_surrogates(text, "")
+
+
+def _without_surrogates(text: str, where: str) -> str | BadDocument:
+    """An escape may stand for half a surrogate pair ("\\ud800"), which is no Unicode text and has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return BadDocument(where, f"unpaired surrogate at character {error.start} of {text[:40]!r}")
     return text
 
 
@@ -184,13 +182,18 @@ def _read_docstrings(unit: Unit) -> Iterator[str | BadDocument]:
     except _BROKEN_GZIP as error:
         yield BadDocument(str(unit.path), f"broken gzip file: {error}")
     else:
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        documented = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-        yield from filter(None, map(ast.get_docstring, sorted(documented, key=_line_of)))
+        for node in _documented(tree):
+            if text := ast.get_docstring(node):
+                yield _without_surrogates(text, unit.at(getattr(node, "lineno", 1) - 1))
 
 
-def _line_of(node: ast.AST) -> int:
-    return getattr(node, "lineno", 0)
+def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Nodes that can have a docstring, in the order of the file; only statements are searched, not expressions."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield node
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for statement in getattr(node, block, ()):
+            yield from _documented(statement)
 
 
 def _read_table(unit: Unit) -> Iterator[str | BadDocument]:

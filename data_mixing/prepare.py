@@ -40,15 +40,15 @@ def prepare(config: CorporaConfig, base: Path, *, replace: bool = False, progres
     """
     inputs = find_inputs(config, base)
     signature = source_signature(config, inputs)
-    existing = None if replace else _finished_store(config)
+    existing = _finished_store(config, replace)
     building = config.output.with_name(config.output.name + ".building")
     if existing is not None and existing.source_signature == signature:
         shutil.rmtree(building, ignore_errors=True)
         return Prepared(existing, made=False)
     with exclusive(building), Workers(config.num_workers) as workers:
         _continue_or_begin(building, signature)
+        build = Build(config, inputs, building, workers, progress or _silent)
         try:
-            build = Build(config, inputs, building, workers, progress or _silent)
             prepared = _run(build, signature, existing)
         except Resumable:
             raise
@@ -60,6 +60,7 @@ def prepare(config: CorporaConfig, base: Path, *, replace: bool = False, progres
 
 
 def _run(build: Build, signature: str, existing: Manifest | None) -> Prepared:
+    build.plan()
     build.choose_documents()
     build.make_tokenizer()
     if existing is not None:
@@ -87,13 +88,15 @@ def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _finished_store(config: CorporaConfig) -> Manifest | None:
-    """The manifest at the output, None when there is nothing; raises DataError when it is something else."""
+def _finished_store(config: CorporaConfig, replace: bool) -> Manifest | None:
+    """The manifest at the output, None when it is free or to be replaced; raises DataError for anything else."""
     output = config.output
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST).is_file():
         raise DataError(f"{output}: exists and is not a token store; choose another output")
+    if replace:
+        return None
     try:
         manifest = TokenStore.open(output).manifest
     except StoreChanged as error:

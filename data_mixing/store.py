@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from mixwright.data_mixing.domain import Cap, Domain
 from mixwright.data_mixing.errors import DataError, StoreChanged, nearest
-from mixwright.data_mixing.manifest import DomainManifest, Manifest, RowFile, Split, SplitCounts, read_manifest
+from mixwright.data_mixing.manifest import MANIFEST, SPLITS, Manifest, RowFile, Split, read_manifest
 from mixwright.data_mixing.row_files import RowFileView, open_rows, probe
 
 
@@ -28,7 +29,7 @@ class TokenStore:
         self.row_width = manifest.sequence_length + 1
         self.dtype = np.dtype(manifest.dtype)
         self._index = {domain.name: i for i, domain in enumerate(manifest.domains)}
-        self._views: dict[tuple[int, Split, int], RowFileView] = {}
+        self._layouts: dict[str, _Layout] = {}
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
@@ -74,57 +75,92 @@ class TokenStore:
             for domain in self.manifest.domains
         )
 
-    def num_rows(self, domain: str | int, split: Split = "train") -> int:
-        """Rows of one split of a domain, given by name or index."""
-        return self._counts(self.index(domain) if isinstance(domain, str) else domain, split).num_rows
+    def num_rows(self, domain: str, split: str = "train") -> int:
+        """Rows of one split of a domain."""
+        return int(self._layout(split).num_rows_G[self.index(domain)])
 
-    def rows(self, domain: str | int, split: Split, first: int, count: int) -> NDArray[Any]:
+    def rows(self, domain: str, split: str, first: int, count: int) -> NDArray[Any]:
         """Rows first .. first + count - 1 of a split; [count, sequence_length + 1] of the store's dtype."""
-        index = self.index(domain) if isinstance(domain, str) else domain
-        return self.gather(np.full(count, index), np.arange(first, first + count), split)
+        return self.gather(np.full(count, self.index(domain)), np.arange(first, first + count), split)
 
-    def gather(self, domain_n: NDArray[Any], row_n: NDArray[Any], split: Split = "train") -> NDArray[Any]:
+    def gather(self, domain_n: NDArray[Any], row_n: NDArray[Any], split: str = "train") -> NDArray[Any]:
         """The rows (domain_n[i], row_n[i]) in order: [n, sequence_length + 1] of the store's dtype, a copy.
 
         Raises DataError naming the first row that does not exist, StoreChanged when a file is not as recorded.
         """
         domain_n, row_n = np.asarray(domain_n, np.int64), np.asarray(row_n, np.int64)
+        layout = self._layout(split)
+        self._check_rows(layout, domain_n, row_n)
+        file_n = layout.first_file_G[domain_n] + row_n // self.manifest.rows_per_file
+        within_n = row_n % self.manifest.rows_per_file
+        groups = _groups(file_n)
+        if len(groups) == 1:  # no second copy
+            return self._view(layout, groups[0][0]).take(within_n)
         result_NW = np.empty((len(row_n), self.row_width), self.dtype)
-        for index, position_m in _groups(domain_n):
-            counts = self._counts(index, split)
-            rows_m = row_n[position_m]
-            self._check_rows(index, split, rows_m, counts.num_rows)
-            for file_index, within_m in _groups(rows_m // self.manifest.rows_per_file):
-                target_m = position_m[within_m]
-                view = self._view(index, split, file_index)
-                result_NW[target_m] = view.take(row_n[target_m] - file_index * self.manifest.rows_per_file)
+        for file, position_m in groups:
+            result_NW[position_m] = self._view(layout, file).take(within_n[position_m])
         return result_NW
 
-    def _counts(self, index: int, split: Split) -> SplitCounts:
-        domains = self.manifest.domains
-        if not 0 <= index < len(domains):
-            raise DataError(f"{self.folder}: no domain with index {index}; there are {len(domains)}")
-        return domains[index].splits[split]
+    def _layout(self, split: str) -> _Layout:
+        if split not in self._layouts:
+            if split not in SPLITS:
+                raise DataError(f"{self.folder}: no split {split!r}{nearest(split, SPLITS)}")
+            self._layouts[split] = _lay_out(self.folder, self.manifest, split)
+        return self._layouts[split]
 
-    def _check_rows(self, index: int, split: Split, rows_m: NDArray[np.int64], num_rows: int) -> None:
-        outside = (rows_m < 0) | (rows_m >= num_rows)
-        if outside.any():
-            row, name = int(rows_m[outside.argmax()]), self.manifest.domains[index].name
-            raise DataError(f"{self.folder}: domain {name!r} has {num_rows} {split} rows; there is no row {row}")
+    def _check_rows(self, layout: _Layout, domain_n: NDArray[np.int64], row_n: NDArray[np.int64]) -> None:
+        unknown_n = (domain_n < 0) | (domain_n >= len(layout.num_rows_G))
+        if unknown_n.any():
+            index = domain_n[unknown_n.argmax()]
+            raise DataError(f"{self.folder}: no domain with index {index}; there are {len(layout.num_rows_G)}")
+        outside_n = (row_n < 0) | (row_n >= layout.num_rows_G[domain_n])
+        if outside_n.any():
+            at = outside_n.argmax()
+            name, num_rows = self.manifest.domains[domain_n[at]].name, layout.num_rows_G[domain_n[at]]
+            raise DataError(
+                f"{self.folder}: domain {name!r} has {num_rows} {layout.split} rows; there is no row {row_n[at]}"
+            )
 
-    def _view(self, index: int, split: Split, file_index: int) -> RowFileView:
-        key = (index, split, file_index)
-        if key not in self._views:
-            self._views[key] = self._open_file(self.manifest.domains[index], split, file_index)
-        return self._views[key]
+    def _view(self, layout: _Layout, file: int) -> RowFileView:
+        if file not in layout.views:
+            path, row_file = self.folder / layout.paths[file], layout.files[file]
+            _check_size(path, row_file)
+            if probe(path) != row_file.probe:
+                raise StoreChanged(f"{path}: its content is not what the manifest recorded; prepare the store again")
+            layout.views[file] = open_rows(path, self.row_width, self.manifest.dtype, row_file.num_rows)
+        return layout.views[file]
 
-    def _open_file(self, domain: DomainManifest, split: Split, file_index: int) -> RowFileView:
-        file = domain.splits[split].files[file_index]
-        path = self.folder / domain.name / file.name
-        _check_size(path, file)
-        if probe(path) != file.probe:
-            raise StoreChanged(f"{path}: its content is not what the manifest recorded; prepare the store again")
-        return open_rows(path, self.row_width, self.manifest.dtype, file.num_rows)
+
+@dataclass(frozen=True)
+class _Layout:
+    """The files of one split over all domains: domain g has num_rows_G[g] rows, from file first_file_G[g] on."""
+
+    split: Split
+    num_rows_G: NDArray[np.int64]
+    first_file_G: NDArray[np.int64]
+    paths: list[str]
+    files: list[RowFile]
+    views: dict[int, RowFileView]
+
+
+def _lay_out(folder: Path, manifest: Manifest, split: Split) -> _Layout:
+    """Raises StoreChanged when numbers of rows contradict each other: gather trusts them for its addresses."""
+    counts = [domain.splits[split] for domain in manifest.domains]
+    for domain, count in zip(manifest.domains, counts, strict=True):
+        full, found = manifest.rows_per_file, [file.num_rows for file in count.files]
+        if sum(found) != count.num_rows or any(rows != full for rows in found[:-1]) or max(found, default=0) > full:
+            raise StoreChanged(
+                f"{folder / MANIFEST}: domain {domain.name!r} has {count.num_rows} {split} rows in files of "
+                f"{found[:8]}, expected files of {full} rows and a last one of the rest"
+            )
+    return _Layout(
+        split=split,
+        num_rows_G=np.array([count.num_rows for count in counts], np.int64),
+        first_file_G=np.cumsum([0, *(len(count.files) for count in counts)])[:-1],
+        paths=[f"{domain.name}/{file.name}" for domain in manifest.domains for file in domain.splits[split].files],
+        files=[file for count in counts for file in count.files],
+        views={},
+    )
 
 
 def _check_size(path: Path, file: RowFile) -> None:
@@ -137,11 +173,9 @@ def _check_size(path: Path, file: RowFile) -> None:
 
 
 def _groups(key_n: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-    """The distinct keys with the positions that hold them, in ascending order of key."""
-    if len(key_n) == 0:
-        return []
-    if (key_n == key_n[0]).all():
+    """The distinct keys in ascending order, each with the positions that hold it."""
+    if len(key_n) and (key_n == key_n[0]).all():
         return [(int(key_n[0]), np.arange(len(key_n)))]
     order = np.argsort(key_n, kind="stable")
     keys, starts = np.unique(key_n[order], return_index=True)
-    return list(zip(keys.tolist(), np.split(order, starts[1:]), strict=True))
+    return list(zip(keys.tolist(), np.split(order, starts[1:]), strict=False))

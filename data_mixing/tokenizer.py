@@ -117,7 +117,7 @@ def _from_json(path: Path, eos_token: str | dict[str, Any]) -> TextTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # in the sense of: encode them like other text
-    eos = eos_token["content"] if isinstance(eos_token, dict) else eos_token
+    eos = _content(eos_token)
     eos_id = tokenizer.token_to_id(eos)
     if eos_id is None:
         raise DataError(f"{path}: its end-of-text token {eos!r} is not in the vocabulary")
@@ -147,10 +147,30 @@ def _from_transformers(folder: Path) -> TextTokenizer:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of what determines the ids: tokenizer.json, or all files where there is none."""
-    single = folder / "tokenizer.json"
-    files = [single] if single.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    """SHA-256 of what determines the ids; raises DataError when `folder` holds no tokenizer.
+
+    In tokenizer.json that is all but what is switched off here (template of special tokens, truncation, padding)
+    and the decoder. Without such a file it is every file.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return _hash_of_json(folder)
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: not a tokenizer folder: {error}") from None
+
+
+def _hash_of_json(folder: Path) -> str:
+    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    parts = {key: tree[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    text = json.dumps({**parts, "eos_token": _content(settings["eos_token"])}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """A token, which a tokenizer's settings may describe rather than spell."""
+    return str(token["content"]) if isinstance(token, dict) else token

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from mixwright.data_mixing.staging import Resumable
@@ -19,26 +19,35 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """`num_workers` processes, or this one when that is 1. Use as a context manager."""
+    """`num_workers` processes, or this one when that is 1. Use as a context manager.
+
+    When it is left by an exception, what the processes are at is abandoned, not waited for.
+    """
 
     def __init__(self, num_workers: int | None) -> None:
         self.num_workers = num_workers or len(os.sched_getaffinity(0))
-        self._pool = _start_pool(self.num_workers) if self.num_workers > 1 else None
+        self._running: tuple[ProcessPoolExecutor, Connection] | None = None
 
     def __enter__(self) -> Workers:
+        if self.num_workers > 1:
+            self._running = _start_pool(self.num_workers)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._running is not None:
+            pool, alive = self._running
+            if error is not None:
+                alive.close()
+            pool.shutdown(wait=True, cancel_futures=True)
+            alive.close()
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """`function` of every task, in order. The first error ends it; raises Resumable when a process dies."""
-        if self._pool is None:
+        if self._running is None:
             yield from map(function, tasks)
             return
         try:
-            yield from self._pool.map(function, tasks)
+            yield from self._running[0].map(function, tasks)
         except BrokenProcessPool:
             raise Resumable(
                 "a worker process was killed (out of memory?); run the same command again: it continues, "
@@ -46,21 +55,22 @@ class Workers:
             ) from None
 
 
-def _start_pool(num_workers: int) -> ProcessPoolExecutor:
+def _start_pool(num_workers: int) -> tuple[ProcessPoolExecutor, Connection]:
+    """The pool, and a connection whose closing ends its processes."""
     # Neither fork (tokenizers and pyarrow run threads) nor spawn (imports everything once per worker).
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mixwright.data_mixing.build"])
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_begin_worker)
+    watched, alive = context.Pipe(duplex=False)
+    return ProcessPoolExecutor(num_workers, context, _begin_worker, (watched,)), alive
 
 
-def _begin_worker() -> None:
+def _begin_worker(watched: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker: the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
+def _end_with_parent(watched: Connection) -> None:
+    """End this process when the parent closes its end of the pipe, or is gone."""
+    wait([watched])
     os._exit(1)
