@@ -246,7 +246,7 @@ class Timeline:
         state = self._nearest_state(step)
         while True:
             stretch = self._derive(state)
-            self._remember(stretch)
+            self._remember(state, stretch)
             if stretch.covers(step):
                 return stretch
             state = stretch.state(stretch.end_step)
@@ -277,9 +277,10 @@ class Timeline:
         zeros = np.zeros(size, dtype=np.int64)
         return PlanState(self._regimes[0].start_step, zeros, zeros, np.zeros(size, dtype=np.bool_))
 
-    def _remember(self, stretch: Stretch) -> None:
+    def _remember(self, state: PlanState, stretch: Stretch) -> None:
+        """Keep the state that `stretch` was derived from: with its exhaustions in it they would not be found again."""
         self._recent = [*self._recent[1 - _RECENT_STRETCHES :], stretch]
-        self._known[stretch.start.step] = stretch.start
+        self._known[state.step] = state
         bytes_per_state = 17 * len(self.catalogue.domains)
         if len(self._known) > min(_MAX_KEPT, max(64, _KEPT_BYTES // bytes_per_state)):
             self._known = {step: self._known[step] for step in sorted(self._known)[::2]}
