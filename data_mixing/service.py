@@ -240,6 +240,16 @@ def is_watched_alive(run_dir: Path) -> bool:
     return isinstance(wanted, dict) and isinstance(wanted.get("pid"), int) and _identity(wanted["pid"]) == wanted
 
 
+def wait_for_end(run_dir: Path, timeout_s: float) -> None:
+    """Wait for a host that is ending already to be gone, up to `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while has_host(run_dir) and time.monotonic() < deadline:
+        record = read_record(run_dir)
+        if record is not None and record.state in ("starting", "ready"):
+            return
+        time.sleep(POLL_INTERVAL_S)
+
+
 def stop_service(run_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
     """Ask the run's host on this machine to end, and make it end. False when there is none here."""
     record = read_record(run_dir)
