@@ -119,15 +119,19 @@ def excerpt_bytes(
 def assign_splits(identity_n2: NDArray[np.uint64], split: SplitFractions) -> NDArray[np.int8]:
     """int8 [n] of distinct documents, by their hash alone: the same document is in the same split of every store.
 
-    One exception: with three documents or more, a split that would have none gets the document that comes nearest.
+    The exception are domains of few documents, in which a split would be empty: with three or more every split
+    gets one, with fewer all are for training.
     """
     position_n = identity_n2[:, 0] / 2.0**64
     held_out_n = np.where(position_n < split.validation, 1, 2)
     split_n = np.where(position_n < split.validation + split.test, held_out_n, 0).astype(np.int8)
-    for index, fraction in ((1, split.validation), (2, split.test)):
-        train = np.flatnonzero(split_n == 0)
-        if fraction > 0 and len(split_n) >= 3 and not (split_n == index).any() and len(train):
-            split_n[train[np.argmin(position_n[train])]] = index
+    held_out = [index for index, share in ((1, split.validation), (2, split.test)) if share > 0]
+    if len(split_n) <= len(held_out):
+        return np.zeros_like(split_n)
+    if not np.isin([0, *held_out], split_n).all():
+        order = np.argsort(position_n)
+        split_n[order[-1]] = 0
+        split_n[order[: len(held_out)]] = held_out
     return split_n
 
 

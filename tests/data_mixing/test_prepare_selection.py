@@ -116,22 +116,26 @@ def test_a_larger_held_out_share_keeps_what_was_validation() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4, 10])
-def test_a_domain_of_few_documents_still_has_one_in_each_split(count: int) -> None:
+@pytest.mark.parametrize("share", [0.01, 0.45])
+def test_a_domain_of_few_documents_still_has_one_in_each_split(count: int, share: float) -> None:
     for seed in range(20):
-        split_n = assign_splits(scan_of(sentences(seed, count)).identity_n2, SplitFractions(validation=0.01, test=0.01))
+        identity_n2 = scan_of(sentences(seed, count)).identity_n2
+        split_n = assign_splits(identity_n2, SplitFractions(validation=share, test=share))
         assert np.bincount(split_n, minlength=3).min() >= 1
+
+
+@pytest.mark.parametrize("share", [0.01, 0.45])
+def test_one_or_two_documents_are_for_training(share: float) -> None:
+    for count in (0, 1, 2):
+        for seed in range(10):
+            identity_n2 = scan_of(sentences(seed, count)).identity_n2
+            assert assign_splits(identity_n2, SplitFractions(validation=share, test=share)).tolist() == [0] * count
 
 
 def test_a_split_of_share_zero_stays_empty() -> None:
     split_n = assign_splits(scan_of(sentences(1, 50)).identity_n2, SplitFractions(validation=0.5, test=0.0))
     assert np.bincount(split_n, minlength=3)[2] == 0
     assert np.bincount(split_n, minlength=3)[1] > 10
-
-
-def test_no_two_of_one_or_two_documents_are_held_out_by_force() -> None:
-    for count in (1, 2):
-        identity_n2 = scan_of(sentences(3, count)).identity_n2
-        assert assign_splits(identity_n2, SplitFractions(validation=1e-9, test=1e-9)).tolist() == [0] * count
 
 
 def test_excerpts_take_documents_by_rank_and_cut_the_last() -> None:
