@@ -1,19 +1,21 @@
 """Passes over the rows of a head, block by block: what engines A, R and S have in common.
 
-Matmuls are torch's (oneDNN, cuBLAS); the work on rows of logits is done by `rows_torch`. Blocks of rows whose gradient
-is kept need no scratch and are as large as matmuls like them; the others share one scratch of a bounded size.
+Matmuls are torch's (oneDNN, cuBLAS); the work on rows of logits is done by `rows_torch` or `rows_triton`. Blocks of
+rows whose gradient is kept need no scratch and are as large as matmuls like them; the others share a bounded scratch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixwright.kernels import rows_torch
 from mixwright.kernels.head_inputs import HeadInputs
-from mixwright.kernels.rows_torch import RowStats, unit_gradient_
+from mixwright.kernels.rows_torch import RowStats
 
 CPU_SCRATCH_BYTES, CPU_SCRATCH_ROWS, CPU_CACHED_ROWS = 16 << 20, 512, 1024
 GPU_SCRATCH_BYTES, GPU_SCRATCH_ROWS, GPU_CACHED_ROWS = 512 << 20, 8192, 8192
@@ -60,6 +62,15 @@ class Needs(NamedTuple):
         )
 
 
+def row_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module with `unit_gradient_` and `sliced_gradient_` for a device: Triton on CUDA, except for float64."""
+    if device.type != "cuda" or dtype == torch.float64:
+        return rows_torch
+    from mixwright.kernels import rows_triton  # triton is not installed on every CPU-only machine
+
+    return rows_triton
+
+
 def rows_per_scratch(vocabulary: int, row_dtype: torch.dtype, device: torch.device) -> int:
     """Rows of logits that fit the scratch of a block."""
     on_cpu = device.type == "cpu"
@@ -82,13 +93,14 @@ def gradient_blocks(head: HeadInputs, cache_CV: Tensor, options: RowOptions) -> 
 def raw_logits(
     hidden_nD: Tensor, weight_vD: Tensor, bias_v: Tensor | None, out_nv: Tensor, *, precise: bool = False
 ) -> Tensor:
-    """hidden @ weight.T + bias as float32 or float64 [n, v]: in `out_nv` where its dtype allows, else a new tensor."""
-    if out_nv.dtype in (torch.float32, torch.float64):
+    """hidden @ weight.T + bias, [n, v]: in `out_nv` where the row kernels read its dtype, else a new float32 tensor."""
+    keeps_16_bits = row_kernels(out_nv.device, out_nv.dtype).KEEPS_16_BITS and not precise
+    if keeps_16_bits or out_nv.dtype in (torch.float32, torch.float64):
         if bias_v is None:
             return torch.mm(hidden_nD, weight_vD.T, out=out_nv)
         return torch.addmm(bias_v, hidden_nD, weight_vD.T, out=out_nv)
     if precise:
-        logits_nv = torch.mm(hidden_nD.float(), weight_vD.float().T)
+        logits_nv = _float32_product(hidden_nD, weight_vD)
         return logits_nv if bias_v is None else logits_nv.add_(bias_v)
     logits_nv = torch.mm(hidden_nD, weight_vD.T) if bias_v is None else torch.addmm(bias_v, hidden_nD, weight_vD.T)
     return logits_nv.float()
@@ -126,6 +138,12 @@ def add_onehot_rows_(gradients: Gradients, head: HeadInputs, hidden_ND: Tensor, 
         gradients.bias_V.index_add_(0, targets_N, onehot_N.to(gradients.bias_V.dtype))
 
 
+def _float32_product(hidden_nD: Tensor, weight_vD: Tensor) -> Tensor:
+    if hidden_nD.is_cuda:
+        return torch.mm(hidden_nD, weight_vD.T, out_dtype=torch.float32)
+    return torch.mm(hidden_nD.float(), weight_vD.float().T)
+
+
 def _spans(first: int, last: int, length: int) -> Iterator[slice]:
     return (slice(start, min(start + length, last)) for start in range(first, last, max(1, length)))
 
@@ -139,7 +157,7 @@ def _gradient_block(head: HeadInputs, span: slice, out_nV: Tensor, options: RowO
         return raw_logits(hidden_nD[rows_k], head.weight_VD, head.bias_V, out_kV, precise=options.precise)
 
     logits_nV = raw_logits(hidden_nD, head.weight_VD, head.bias_V, out_nV, precise=options.precise)
-    stats = unit_gradient_(
+    stats = row_kernels(out_nV.device, out_nV.dtype).unit_gradient_(
         logits_nV,
         rows.safe_targets(),
         head.softcap,

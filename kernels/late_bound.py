@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixwright.kernels import blocks
 from mixwright.kernels.blocks import (
     Gradients,
     Needs,
@@ -31,7 +32,7 @@ from mixwright.kernels.blocks import (
     raw_logits,
 )
 from mixwright.kernels.head_inputs import HeadInputs
-from mixwright.kernels.rows_torch import RowStats, sliced_gradient_
+from mixwright.kernels.rows_torch import RowStats
 
 CPU_SLICE_BYTES, GPU_SLICE_BYTES = 8 << 20, 512 << 20
 
@@ -135,6 +136,7 @@ def _recomputed_rows_into(
     lse_n, lse_error_n = saved.lse_N[-num_rows:], saved.lse_error_N[-num_rows:]
     lse_n = torch.where(lse_n.isfinite(), lse_n, torch.inf)
     width = columns_per_slice(num_rows, rows.row_dtype, hidden_nD.device)
+    row_kernels = blocks.row_kernels(hidden_nD.device, hidden_nD.dtype)
     scratch = hidden_nD.new_empty(num_rows * min(width, vocabulary))
     sum_nD = torch.zeros_like(hidden_nD, dtype=rows.row_dtype)
     for first in range(0, vocabulary, width):
@@ -142,7 +144,9 @@ def _recomputed_rows_into(
         out_nv = scratch[: num_rows * (columns.stop - first)].view(num_rows, -1)
         bias_v = None if bias_V is None else bias_V[columns]
         logits_nv = raw_logits(hidden_nD, weight_VD[columns], bias_v, out_nv, precise=precise)
-        sliced_gradient_(logits_nv, targets_n, first, rows.softcap, rows.inv_temperature_N, lse_n, lse_error_n)
+        row_kernels.sliced_gradient_(
+            logits_nv, targets_n, first, rows.softcap, rows.inv_temperature_N, lse_n, lse_error_n
+        )
         gradient_nv = logits_nv.to(hidden_nD.dtype)
         if out.hidden_ND is not None:
             add_product_(sum_nD, gradient_nv, weight_VD[columns])

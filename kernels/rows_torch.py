@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+KEEPS_16_BITS = False  # logits of 16-bit matmuls are widened to float32 before these functions see them
+
 
 class RowStats(NamedTuple):
     """What a pass over whole rows learns, each [n]: nll and lse in nats, target logit, dsoftcap/dx at the target."""

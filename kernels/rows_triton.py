@@ -1,0 +1,213 @@
+"""Row operations of the fused heads as Triton kernels: the same two functions as `rows_torch`, for float32 and 16 bits.
+
+    unit_gradient_    one program per row, two passes: online softmax for (m, s), then x -> (p - onehot) * slope
+    sliced_gradient_  one program per row and block of columns, one pass: x -> (e^(z - lse) - onehot) * slope
+
+With z = softcap(x) / T, padded lanes are set to -inf after cap and temperature, never before: a capped -inf is -cap.
+Logits are read as float32 whatever their dtype; nll = log s - (t - m), which no common offset of the logits harms. A
+row is one program and a sum has one order, so two runs give the same bits. Row offsets are 64-bit: N V may exceed
+2**31. Rows whose lse is not finite (16-bit overflow) get a zero gradient; the caller's coefficient makes them visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixwright.kernels.rows_torch import RowStats
+
+KEEPS_16_BITS = True
+NUM_WARPS = 8
+
+
+def unit_gradient_(
+    logits_nv: Tensor,
+    targets_n: Tensor,
+    softcap: float | None,
+    inv_temperature_n: Tensor | None,
+    logits_of: Callable[[Tensor], Tensor],
+    *,
+    entropy: bool = False,
+    correct: bool = False,
+) -> RowStats:
+    """As `rows_torch.unit_gradient_`, in place on rows of stride 1; `logits_of` is not needed here."""
+    num_rows, vocabulary = logits_nv.shape
+    nll_n, lse_n, target_logit_n, slope_n = logits_nv.new_empty(4, num_rows, dtype=torch.float32)
+    entropy_n = torch.empty_like(nll_n) if entropy else None
+    correct_n = torch.empty_like(nll_n, dtype=torch.bool) if correct else None
+    if num_rows:
+        _unit_gradient_kernel[(num_rows,)](
+            logits_nv,
+            logits_nv.stride(0),
+            targets_n,
+            inv_temperature_n,
+            nll_n,
+            lse_n,
+            target_logit_n,
+            slope_n,
+            entropy_n,
+            correct_n,
+            vocabulary,
+            1.0 if softcap is None else float(softcap),
+            HAS_CAP=softcap is not None,
+            HAS_TEMPERATURE=inv_temperature_n is not None,
+            ENTROPY=entropy,
+            CORRECT=correct,
+            BLOCK=_columns_per_block(logits_nv),
+            num_warps=NUM_WARPS,
+        )
+    return RowStats(nll_n, lse_n, target_logit_n, slope_n, entropy_n, correct_n)
+
+
+def sliced_gradient_(
+    logits_nv: Tensor,
+    targets_n: Tensor,
+    first_column: int,
+    softcap: float | None,
+    inv_temperature_n: Tensor | None,
+    lse_n: Tensor,
+    lse_error_n: Tensor,
+) -> None:
+    """As `rows_torch.sliced_gradient_`, in place on rows of stride 1."""
+    num_rows, columns = logits_nv.shape
+    block = _columns_per_block(logits_nv)
+    if num_rows:
+        _sliced_gradient_kernel[(num_rows, triton.cdiv(columns, block))](
+            logits_nv,
+            logits_nv.stride(0),
+            targets_n,
+            inv_temperature_n,
+            lse_n,
+            lse_error_n,
+            columns,
+            first_column,
+            1.0 if softcap is None else float(softcap),
+            HAS_CAP=softcap is not None,
+            HAS_TEMPERATURE=inv_temperature_n is not None,
+            BLOCK=block,
+            num_warps=NUM_WARPS,
+        )
+
+
+def _columns_per_block(logits_nv: Tensor) -> int:
+    widest = 2048 if logits_nv.dtype == torch.float32 else 4096
+    return int(min(widest, triton.next_power_of_2(logits_nv.shape[1])))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cap_and_temperature(x, softcap, inv_temperature, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(z, slope) of raw logits. tanh(a) = 1 - 2 / (e^2a + 1) is exact to one rounding of 1 and saturates at +-1."""
+    if HAS_CAP:
+        tanh = 1.0 - 2.0 / (tl.exp(x / softcap * 2.0) + 1.0)
+        slope = 1.0 - tanh * tanh
+        x = tanh * softcap
+    else:
+        slope = 1.0
+    return x * inv_temperature, slope
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unit_gradient_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,  # [n, v], stride of rows in elements
+    row_stride,
+    targets_ptr,  # [n] int64
+    inv_temperature_ptr,  # [n] float32
+    nll_ptr,
+    lse_ptr,
+    target_logit_ptr,
+    slope_ptr,
+    entropy_ptr,
+    correct_ptr,
+    vocabulary,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    CORRECT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    base_ptr = logits_ptr + row * row_stride
+    target = tl.load(targets_ptr + row)
+    inv_temperature = 1.0
+    if HAS_TEMPERATURE:
+        inv_temperature = tl.load(inv_temperature_ptr + row)
+    raw_target = tl.load(base_ptr + target).to(tl.float32)
+    target_logit, target_slope = _cap_and_temperature(raw_target, softcap, inv_temperature, HAS_CAP)
+
+    # Pass 1, online softmax: m = max z, s = sum e^(z - m). A block of nothing but -inf leaves s at 0.
+    peak = -float("inf")
+    total = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        x = tl.load(base_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        z, _ = _cap_and_temperature(x, softcap, inv_temperature, HAS_CAP)
+        z = tl.where(inside, z, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(z, axis=0))
+        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), axis=0)
+        peak = new_peak
+    log_total = tl.log(total)
+    lse = peak + log_total
+
+    # Pass 2: p = e^((z - m) - log s), subtracting before anything is scaled; g = (p - onehot) slope.
+    finite = (lse == lse) & (tl.abs(lse) < float("inf"))
+    entropy = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocabulary
+        x = tl.load(base_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        z, slope = _cap_and_temperature(x, softcap, inv_temperature, HAS_CAP)
+        log_prob = tl.where(inside, (z - peak) - log_total, -float("inf"))
+        prob = tl.exp(log_prob)
+        if ENTROPY:
+            entropy -= tl.sum(tl.where(prob > 0.0, prob * log_prob, 0.0), axis=0)
+        gradient = tl.where(column == target, prob - 1.0, prob) * slope
+        gradient = tl.where(finite, gradient, 0.0)
+        tl.store(base_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+
+    tl.store(nll_ptr + row, log_total - (target_logit - peak))
+    tl.store(lse_ptr + row, lse)
+    tl.store(target_logit_ptr + row, target_logit)
+    tl.store(slope_ptr + row, target_slope)
+    if ENTROPY:
+        tl.store(entropy_ptr + row, entropy)
+    if CORRECT:
+        tl.store(correct_ptr + row, target_logit >= peak)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sliced_gradient_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,  # [n, v] columns first_column.. of the logits
+    row_stride,
+    targets_ptr,  # [n] int64, in the whole vocabulary
+    inv_temperature_ptr,
+    lse_ptr,
+    lse_error_ptr,
+    columns,
+    first_column,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    target = tl.load(targets_ptr + row) - first_column
+    lse = tl.load(lse_ptr + row)
+    onehot = tl.exp(tl.load(lse_error_ptr + row))
+    inv_temperature = 1.0
+    if HAS_TEMPERATURE:
+        inv_temperature = tl.load(inv_temperature_ptr + row)
+    pointer = logits_ptr + row * row_stride + column
+    x = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    z, slope = _cap_and_temperature(x, softcap, inv_temperature, HAS_CAP)
+    prob = tl.exp(z - lse)
+    gradient = tl.where(column == target, prob - onehot, prob) * slope
+    tl.store(pointer, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
