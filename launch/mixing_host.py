@@ -202,6 +202,8 @@ class MixingHost:
         worker = threading.Thread(target=self._shut_down_ray, name="shutdown", daemon=True)
         worker.start()
         worker.join(SHUTDOWN_TIMEOUT_S)
+        if state == "failed" and self._record.ray_folder is not None:
+            keep_ray_logs(self._record.ray_folder, self._run_dir / "logs" / "ray")
         remove_ray_folder(self._record.ray_folder)
         return 0 if state == "stopped" else 3
 
@@ -230,6 +232,13 @@ def write_token(path: Path) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
+
+
+def keep_ray_logs(folder: Path, target: Path) -> None:
+    """Copy what Ray's processes wrote to where a user can read it."""
+    with contextlib.suppress(OSError, shutil.Error):
+        shutil.copytree(folder / "ray" / "session_latest" / "logs", target, dirs_exist_ok=True)
+        logger.info("Ray's own logs are in %s", target)
 
 
 def remove_ray_folder(folder: Path | None) -> None:
