@@ -99,9 +99,9 @@ def _offset(credit_left: Int64s, left: Int64s, credit_right: Int64s, right: Int6
     and fractional rows of the credits are multiplied apart, which is exact.
     """
     low_mask = PROPORTION_TOTAL - 1
-    whole = (credit_left >> _SHIFT) * right - (credit_right >> _SHIFT) * left
     part = (credit_left & low_mask) * right - (credit_right & low_mask) * left + ((left + right) << (_SHIFT - 1))
-    return whole + (part >> _SHIFT)
+    offset: Int64s = (credit_left >> _SHIFT) * right - (credit_right >> _SHIFT) * left + (part >> _SHIFT)
+    return offset
 
 
 def integer_proportions(weights: Sequence[float] | NDArray[np.float64] | Int64s) -> Int64s:

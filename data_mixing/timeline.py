@@ -140,12 +140,6 @@ class Regime:
                 limit_G[position] = limit(caps[domain.name], domain.num_rows)
         return limit_G
 
-    def cap(self, position: int) -> Cap:
-        """The cap in force of the domain at `position` in order of id."""
-        domain = self.catalogue.domains[position]
-        cap: Cap = self.commit.policy.caps.get(domain.name, domain.cap)
-        return cap
-
     def mixture_at(self, step: int) -> tuple[Int64s, int]:
         """Proportions [G] of the program at `step`, and the first step of the program's next segment."""
         program = self.commit.policy.program
@@ -153,29 +147,30 @@ class Regime:
         next_start = program[index].start_step if index < len(program) else NO_END
         return self.catalogue.in_id_order(program[index - 1].proportions), next_start
 
-    def exhaustions(self, reached_G: Bools, step: int) -> list[Exhaustion]:
-        """The event that the domains marked in `reached_G` cannot fill `step`."""
-        events = []
-        for position in np.flatnonzero(reached_G):
-            cap = self.cap(int(position))
-            # A limit exists only where max_epochs does.
-            max_epochs = 0.0 if cap.max_epochs is None else cap.max_epochs
-            events.append(Exhaustion(self.catalogue.domains[position].name, step, max_epochs, cap.on_exhaust))
-        return events
+    def exhaustions(self, reached_G: Bools, step: int) -> tuple[Exhaustion, ...]:
+        """The events that the domains marked in `reached_G` cannot fill `step`, in order of domain id."""
+        domains = [self.catalogue.domains[position] for position in np.flatnonzero(reached_G)]
+        caps = [self.commit.policy.caps.get(domain.name, domain.cap) for domain in domains]
+        return tuple(
+            Exhaustion(domain.name, step, cap.max_epochs or 0.0, cap.on_exhaust)
+            for domain, cap in zip(domains, caps, strict=True)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
     """Steps [start.step, end_step) with one apportionment; None where the plan has ended, by `ended_by`.
 
-    `exhaustions` are the domains that reach their cap at the stretch's first step.
+    `exhaustions` are the domains that reach their cap at the stretch's first step; `exhausted_G` marks all that are
+    left out.
     """
 
     start: PlanState
     end_step: int
     rows_per_step: int
+    exhausted_G: Bools
+    exhaustions: tuple[Exhaustion, ...]
     apportionment: Apportionment | None
-    exhaustions: tuple[Exhaustion, ...] = ()
     ended_by: Exhaustion | None = None
 
     def covers(self, step: int) -> bool:
@@ -190,12 +185,14 @@ class Stretch:
 
     def state(self, step: int) -> PlanState:
         """The state at `step`, start.step <= step <= end_step."""
+        if step == self.start.step:
+            return self.start
         if self.apportionment is None:
-            return replace(self.start, step=step)
+            return replace(self.start, step=step, exhausted_G=self.exhausted_G)
         num_rows = (step - self.start.step) * self.rows_per_step
         count_G = self.apportionment.counts(num_rows)
         credit_G = self.apportionment.carried(num_rows, count_G)
-        return replace(self.start, step=step, cursor_G=self.start.cursor_G + count_G, credit_G=credit_G)
+        return PlanState(step, self.start.cursor_G + count_G, credit_G, self.exhausted_G)
 
 
 class Timeline:
@@ -279,7 +276,7 @@ class Timeline:
 
     def _remember(self, state: PlanState, stretch: Stretch) -> None:
         """Keep the state that `stretch` was derived from: with its exhaustions in it they would not be found again."""
-        self._recent = [*self._recent[1 - _RECENT_STRETCHES :], stretch]
+        self._recent = [*self._recent, stretch][-_RECENT_STRETCHES:]
         self._known[state.step] = state
         bytes_per_state = 17 * len(self.catalogue.domains)
         if len(self._known) > min(_MAX_KEPT, max(64, _KEPT_BYTES // bytes_per_state)):
@@ -292,26 +289,25 @@ class Timeline:
         next_commit = self._next_start(start.step)
         rows_per_step = self.catalogue.genesis.rows_per_step
         end = min(next_segment, next_commit, start.step + MAX_ROWS // rows_per_step)
-        if start.step == regime.start_step:
-            start = replace(start, exhausted_G=np.zeros_like(start.exhausted_G))
-        events: list[Exhaustion] = []
+        exhausted_G = np.zeros_like(start.exhausted_G) if start.step == regime.start_step else start.exhausted_G
+        events: tuple[Exhaustion, ...] = ()
         while True:
-            share_G = without(proportion_G, start.exhausted_G)
+            share_G = without(proportion_G, exhausted_G)
             if share_G is None:
-                spent = regime.exhaustions((proportion_G > 0) & start.exhausted_G, start.step)[0]
-                ended_by = replace(spent, action="stop")
-                return Stretch(start, next_commit, rows_per_step, None, (*events, ended_by), ended_by)
-            stretch = Stretch(start, end, rows_per_step, Apportionment(share_G, start.credit_G), tuple(events))
+                spent = events or regime.exhaustions((proportion_G > 0) & exhausted_G, start.step)
+                ended_by = replace(spent[-1], action="stop")
+                return Stretch(start, next_commit, rows_per_step, exhausted_G, (*events, ended_by), None, ended_by)
+            apportionment = Apportionment(share_G, start.credit_G)
+            stretch = Stretch(start, end, rows_per_step, exhausted_G, events, apportionment)
             event_step = _first_step_over(stretch, regime.limit_G)
             if event_step is None or event_step > start.step:
                 return replace(stretch, end_step=end if event_step is None else event_step)
             reached_G = _is_over(stretch, event_step + 1, regime.limit_G)
             reached = regime.exhaustions(reached_G, start.step)
-            events += reached
-            stopped_by = next((event for event in reached if event.action == "stop"), None)
-            if stopped_by is not None:
-                return Stretch(start, next_commit, rows_per_step, None, tuple(events), stopped_by)
-            start = replace(start, exhausted_G=start.exhausted_G | reached_G)
+            events, exhausted_G = events + reached, exhausted_G | reached_G
+            stops = [event for event in reached if event.action == "stop"]
+            if stops:
+                return Stretch(start, next_commit, rows_per_step, exhausted_G, events, None, stops[0])
 
     def _next_start(self, step: int) -> int:
         index = bisect.bisect_right(self._regimes, step, key=lambda regime: regime.start_step)
@@ -326,13 +322,10 @@ def _is_over(stretch: Stretch, step: int, limit_G: Int64s) -> Bools:
 
 def _first_step_over(stretch: Stretch, limit_G: Int64s) -> int | None:
     """First step of the stretch whose rows would exceed a limit. Bisection: cursors never decrease."""
-    if not np.any(limit_G < NO_LIMIT) or not _is_over(stretch, stretch.end_step, limit_G).any():
+
+    def is_over(step: int) -> bool:
+        return bool(_is_over(stretch, step + 1, limit_G).any())
+
+    if not np.any(limit_G < NO_LIMIT) or not is_over(stretch.end_step - 1):
         return None
-    return (
-        bisect.bisect_left(
-            range(stretch.start.step, stretch.end_step),
-            True,
-            key=lambda step: bool(_is_over(stretch, step + 1, limit_G).any()),
-        )
-        + stretch.start.step
-    )
+    return bisect.bisect_left(range(stretch.end_step), True, lo=stretch.start.step, key=is_over)

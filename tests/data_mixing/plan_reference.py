@@ -286,8 +286,8 @@ def run_case(spec: dict[str, Any]) -> dict[str, Any]:
         "step_digests": [f"{digest:016x}" for digest in digests],
         "state_digests": states,
         "run_digest": f"{run_digest:016x}",
-        "first_batch": batches[0],
-        "last_batch": batches[-1],
+        "first_batch": batches[0] if batches else None,
+        "last_batch": batches[-1] if batches else None,
         "cursors": {domain.name: rows for domain, rows in zip(plan.domains, plan.got, strict=True)},
     }
 
