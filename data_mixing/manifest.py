@@ -101,19 +101,28 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store; raises DataError when there is none, or it is of another format version."""
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{folder}: not a token store (no {MANIFEST}); make one with `mixwright data prepare`"
         ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise _not_a_manifest(path, content, error) from None
+
+
+def _not_a_manifest(path: Path, content: bytes, error: ValidationError) -> DataError:
+    """What is wrong with a manifest: first of all its version, by which everything else may differ."""
+    try:
+        tree = json.loads(content)
+    except ValueError as problem:
+        return DataError(f"{path}: not JSON: {problem}")
     version = tree.get("format_version") if isinstance(tree, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}; prepare it again")
-    try:
-        return Manifest.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise StoreChanged(f"{path}: {key}: {first['msg']}") from None
+        return DataError(f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}; prepare it again")
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    return StoreChanged(f"{path}: {key}: {first['msg']}")
