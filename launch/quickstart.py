@@ -46,7 +46,7 @@ def main() -> int:
 
 def train(config: PretrainConfig, overrides: list[str]) -> int:
     """Run the training job and submit the policy once it is far enough; returns the job's exit code."""
-    command = ["deepspeed", "launch/pretrain.py", "--config", str(CONFIG), *overrides]
+    command = ["deepspeed", "--log_level", "warning", "launch/pretrain.py", "--config", str(CONFIG), *overrides]
     show("$ " + " ".join(command))
     job = subprocess.Popen([str(BIN / command[0]), *command[1:]], env=quiet_environment())
     try:
@@ -65,7 +65,7 @@ def submit_when_due(config: PretrainConfig, job: subprocess.Popen[bytes]) -> Non
         if history.has_genesis and (len(history.policies) > 1 or history.end is not None):
             return
         if last_reported_step(history) >= due and (config.run_dir / "service.json").exists():
-            command = ["mixwright", "mix", "submit", str(POLICY), "--run", str(config.run_dir), "--author", "quickstart"]
+            command = ["mixwright", "mix", "submit", str(POLICY), "--run", str(config.run_dir), "--wait"]
             show("3/3 a policy for the running job\n$ " + " ".join(command))
             run_shown(command)
             return

@@ -71,8 +71,8 @@ def _provide_shared_memory_op(world: int, say: Callable[[str], None]) -> None:
     name = "deepspeed_shm_comm"
     # ninja is installed beside the interpreter, which is not on PATH when a virtual environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    if world == 1 or compiler is None or shutil.which("ninja") is None:
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++"]
+    if world == 1 or not any(map(shutil.which, compilers)) or shutil.which("ninja") is None:
         deepspeed.ops.__compatible_ops__[name] = False
         if world > 1:
             say("no C++ compiler or ninja: DeepSpeed's shared-memory all-reduce is not built, gloo is used instead")
@@ -216,7 +216,7 @@ def accumulation_steps(config: PretrainConfig, world: int) -> int:
 
 
 def _bfloat16_settings(config: PretrainConfig) -> dict[str, Any]:
-    """Mixed precision with float32 master parameters; gradients accumulate in float32 up to ZeRO 1. Empty for float32."""
+    """Mixed precision: float32 master parameters, and gradients that accumulate in float32 up to ZeRO 1."""
     if config.model.dtype != "bfloat16":
         return {}
     accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if config.training.zero_stage < 2 else {}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from mixwright.data_mixing.errors import nearest
 from mixwright.pretrain.config import ModelConfig
@@ -98,6 +99,7 @@ def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder
     state |= {
         name: buffer for name, buffer in model.causal_lm.state_dict().items() if name not in state and buffer.numel()
     }
+    disable_progress_bar()
     model.causal_lm.save_pretrained(folder, state_dict=state, safe_serialization=True)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +15,34 @@ import numpy as np
 
 matplotlib.use("Agg")  # no display on a training node
 
-import itertools
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from mixwright.data_mixing.history import RunHistory
-from mixwright.data_mixing.plan import Plan
 from mixwright.pretrain.metrics import read_metrics
 
 MAX_SHOWN = 8
 """Domains drawn with a colour of their own; the rest are drawn together."""
 
 
+MIN_ROWS_PER_BIN = 128
+"""A realised share is drawn over at least this many rows: a step's own share is a coarse fraction."""
+
+
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn: steps and per-domain values, domains by falling share of tokens."""
+    """What is drawn, domains by falling number of rows read.
+
+    `requested` [S, K] holds from each of `steps` [S] on; `realised` [J, K] is the share between two `edges` [J+1].
+    """
 
     names: list[str]
     train: dict[str, tuple[list[int], list[float]]]
     validation: dict[str, tuple[list[int], list[float]]]
     steps: np.ndarray
     requested: np.ndarray
+    edges: np.ndarray
     realised: np.ndarray
     commits: list[tuple[int, str]]
     rows: np.ndarray
@@ -55,27 +62,32 @@ def write_report(run_dir: Path, history: RunHistory, num_steps_done: int) -> tup
 def collect(records: Sequence[Mapping[str, Any]], history: RunHistory, num_steps_done: int) -> Curves:
     """Losses from the metrics; requested and realised mixture recomputed from the journal's plan."""
     genesis, plan = history.genesis, history.plan()
-    points = np.unique(np.linspace(0, num_steps_done, min(num_steps_done, 200) + 1).astype(int))
-    cursors = np.array([plan.cursors(int(step)) for step in points])
-    rows = cursors[-1]
-    order = np.argsort(-rows, kind="stable")
-    realised = np.diff(cursors, axis=0) / np.diff(points)[:, None] / genesis.rows_per_step
-    requested = np.array([_mean_proportions(plan, int(a), int(b)) for a, b in itertools.pairwise(points)])
     names = [domain.name for domain in genesis.domains]
+    rows = plan.cursors(num_steps_done)
+    order = np.argsort(-rows, kind="stable")
+    steps = np.unique(np.linspace(0, max(num_steps_done - 1, 0), 400).astype(int))
+    edges = _bin_edges(num_steps_done, genesis.rows_per_step, [commit.effective_step for commit in history.commits])
+    cursors = np.array([plan.cursors(int(edge)) for edge in edges])
+    realised = np.diff(cursors, axis=0) / (np.diff(edges) * genesis.rows_per_step)[:, None]
     return Curves(
         names=[names[i] for i in order],
         train=_series(records, "train", names),
         validation=_series(records, "validation", names),
-        steps=points,
-        requested=requested[:, order] if num_steps_done else requested,
-        realised=realised[:, order] if num_steps_done else realised,
+        steps=steps,
+        requested=np.array([plan.proportions(int(step)) for step in steps])[:, order],
+        edges=edges,
+        realised=realised[:, order],
         commits=[(commit.effective_step, _commit_label(commit.lsn, commit.policy)) for commit in history.commits],
         rows=rows[order],
     )
 
 
-def _mean_proportions(plan: Plan, first: int, last: int) -> np.ndarray:
-    return np.mean([plan.proportions(step) for step in range(first, last)], axis=0)
+def _bin_edges(num_steps: int, rows_per_step: int, commits: Sequence[int]) -> np.ndarray:
+    """Steps that bound the bins; a commit always bounds one, so that no bin mixes two policies."""
+    width = max(-(-num_steps // 40), -(-MIN_ROWS_PER_BIN // rows_per_step))
+    bounds = sorted({0, num_steps, *(step for step in commits if step < num_steps)})
+    bins = [np.linspace(a, b, max((b - a) // width, 1) + 1).astype(int) for a, b in itertools.pairwise(bounds)]
+    return np.unique(np.concatenate([np.zeros(1, int), *bins]))
 
 
 def _series(records: Sequence[Mapping[str, Any]], kind: str, names: Sequence[str]) -> dict[str, Any]:
@@ -121,14 +133,13 @@ def _draw_losses(
 
 
 def _draw_mixture(axes: Axes, curves: Curves, colours: Mapping[str, str]) -> None:
-    middles = (curves.steps[1:] + curves.steps[:-1]) / 2
-    for index, (name, colour) in enumerate(colours.items()):
-        if len(middles):
-            axes.plot(middles, curves.requested[:, index], color=colour, linewidth=1.0, linestyle="--")
-            axes.plot(middles, curves.realised[:, index], color=colour, linewidth=1.8, alpha=0.75, label=_plain(name))
+    middles = (curves.edges[1:] + curves.edges[:-1]) / 2
+    for index, colour in enumerate(colours.values()):
+        axes.step(curves.steps, curves.requested[:, index], where="post", color=colour, linewidth=1.2)
+        axes.plot(middles, curves.realised[:, index], "o", color=colour, markersize=4, alpha=0.7)
     for step, _ in curves.commits:
         axes.axvline(step, color="0.3", linewidth=0.8, linestyle=":")
-    axes.set(title="mixture: requested (dashed), realised (solid), commits (dotted)", xlabel="optimizer step")
+    axes.set(title="mixture: requested (lines), realised (dots), commits (dotted)", xlabel="optimizer step")
     axes.set_ylabel("share of tokens")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
@@ -153,7 +164,7 @@ def _page(curves: Curves, history: RunHistory, records: Sequence[Mapping[str, An
     parts = [
         f"<h1>mixwright run {html.escape(genesis.run)}</h1>",
         f"<p>seed {genesis.seed}, {genesis.rows_per_step} rows of {genesis.sequence_length} tokens a step, "
-        f"{curves.steps[-1]} of {genesis.num_steps} steps done.</p>",
+        f"{curves.edges[-1]} of {genesis.num_steps} steps done.</p>",
         f'<img alt="losses and mixture" src="data:image/png;base64,{base64.b64encode(png).decode()}">',
         "<h2>Test perplexity per domain</h2>",
         _table(

@@ -206,7 +206,10 @@ def test_a_second_trainer_on_the_same_run_is_refused(tiny_store: Path, tmp_path:
             "data.store=nowhere",
             "data.store: nowhere holds no token store; make it with `mixwright data prepare CONFIG`",
         ),
-        ("mixing.policy={kind: static, mixture: {letter: 1}}", "'letter'"),
+        (
+            "mixing.policy={kind: static, mixture: {letter: 1}}",
+            "mixture.letter: no such domain; did you mean 'letters'?",
+        ),
         ("mixing.policy={kind: static, mixture: {letters: -1}}", "letters"),
         ("mixing.policy={kind: static, mixture: {letters: .nan}}", "letters"),
         ("model.config.max_position_embeddings=8", "exceeds the model's max_position_embeddings = 8"),

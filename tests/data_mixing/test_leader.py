@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mixwright.data_mixing.domain import Domain
+from mixwright.data_mixing.entries import Cancel, Commit, EntryBody, Genesis, PolicyEntry
+from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
+from mixwright.data_mixing.history import RunHistory
+from mixwright.data_mixing.journal import Entry, Journal, read_entries, verify
+from mixwright.data_mixing.leader import Leader, open_run
+from mixwright.data_mixing.policy import accept
+
+DOMAINS = tuple(Domain(name=name, num_rows=1000, fingerprint=name) for name in ("a", "b", "c"))
+GENESIS = Genesis(
+    run="r", seed=1, sequence_length=8, rows_per_step=4, num_steps=1000, store_fingerprint="s", domains=DOMAINS
+)
+FIRST = accept({"kind": "static", "mixture": {"a": 1, "b": 1}}, GENESIS)
+
+
+def policy(**changes: object) -> PolicyEntry:
+    return accept({"kind": "static", "mixture": {"c": 1}, **changes}, GENESIS)
+
+
+def begin(folder: Path, start_step: int = 0) -> tuple[Journal, Leader]:
+    journal = Journal(folder, writer="leader")
+    history, _ = open_run(journal, GENESIS, FIRST)
+    return journal, Leader(journal, history, start_step=start_step, lead_steps=8, prefetch_steps=4)
+
+
+def propose(folder: Path, body: EntryBody) -> int:
+    controller = Journal(folder, writer="controller")
+    controller.poll()
+    return controller.append(body).lsn
+
+
+def commits(folder: Path) -> list[Commit]:
+    return [entry.body for entry in read_entries(folder) if isinstance(entry.body, Commit)]
+
+
+def wait_for_commits(folder: Path, count: int, timeout_s: float = 10.0) -> list[Commit]:
+    deadline = time.monotonic() + timeout_s
+    while len(commits(folder)) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return commits(folder)
+
+
+def test_a_new_run_has_genesis_lease_first_policy_and_its_commit(tmp_path: Path) -> None:
+    begin(tmp_path)
+    assert sorted(entry.type for entry in read_entries(tmp_path)) == ["COMMIT", "GENESIS", "LEASE", "POLICY"]
+    assert [commit.effective_step for commit in commits(tmp_path)] == [0]
+
+
+def test_opening_again_adds_only_a_lease(tmp_path: Path) -> None:
+    begin(tmp_path)
+    begin(tmp_path)
+    assert [entry.type for entry in read_entries(tmp_path)].count("COMMIT") == 1
+    assert [entry.type for entry in read_entries(tmp_path)][-1] == "LEASE"
+
+
+def test_an_asap_policy_is_committed_lead_steps_ahead(tmp_path: Path) -> None:
+    _, leader = begin(tmp_path)
+    with leader:
+        leader.begin_step(100)
+        lsn = propose(tmp_path, policy())
+        found = wait_for_commits(tmp_path, 2)
+    assert (found[1].policy_lsn, found[1].effective_step) == (lsn, 108)
+    verify(tmp_path)
+
+
+def test_at_step_is_met_exactly_and_not_committed_before_it_is_near(tmp_path: Path) -> None:
+    _, leader = begin(tmp_path)
+    with leader:
+        leader.begin_step(10)
+        propose(tmp_path, policy(at_step=500))
+        time.sleep(0.5)
+        assert len(commits(tmp_path)) == 1
+        leader.begin_step(450)
+        found = wait_for_commits(tmp_path, 2)
+    assert found[1].effective_step == 500
+
+
+def test_an_at_step_that_has_passed_takes_effect_as_soon_as_possible(tmp_path: Path) -> None:
+    _, leader = begin(tmp_path, start_step=600)
+    with leader:
+        propose(tmp_path, policy(at_step=500))
+        found = wait_for_commits(tmp_path, 2)
+    assert found[1].effective_step == 608
+
+
+def test_a_cancelled_policy_and_a_shadow_are_never_committed(tmp_path: Path) -> None:
+    _, leader = begin(tmp_path)
+    propose(tmp_path, Cancel(policy_lsn=propose(tmp_path, policy(at_step=900))))
+    propose(tmp_path, policy(shadow=True))
+    with leader:
+        leader.begin_step(950)
+        time.sleep(0.5)
+    assert len(commits(tmp_path)) == 1
+
+
+def test_two_policies_are_committed_in_order_and_never_backwards(tmp_path: Path) -> None:
+    _, leader = begin(tmp_path)
+    first, second = propose(tmp_path, policy(at_step=60)), propose(tmp_path, policy())
+    with leader:
+        found = wait_for_commits(tmp_path, 3)
+    assert [(commit.policy_lsn, commit.effective_step) for commit in found[1:]] == [(first, 60), (second, 60)]
+
+
+def test_training_waits_at_the_edge_of_a_commit_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal's disk is slow; no step may pass the point where the commit can still be announced in time."""
+    journal, leader = begin(tmp_path)
+    append, released = journal.append, threading.Event()
+
+    def slow_append(body: EntryBody) -> Entry:
+        released.wait(10)
+        return append(body)
+
+    monkeypatch.setattr(journal, "append", slow_append)
+    with leader:
+        propose(tmp_path, policy())
+        while leader._writing_effective_step is None:
+            time.sleep(0.01)
+        leader.begin_step(1)
+        passed = threading.Event()
+        waiting = threading.Thread(target=lambda: (leader.begin_step(2), passed.set()))
+        waiting.start()
+        assert not passed.wait(0.3), "step 2 is the last that can announce effective step 8 with 4 steps prefetched"
+        released.set()
+        assert passed.wait(5)
+        assert leader.announced_lsn == [e.lsn for e in read_entries(tmp_path) if e.type == "COMMIT"][-1]
+        waiting.join()
+
+
+def test_a_leader_that_was_replaced_stops_and_says_so(tmp_path: Path) -> None:
+    _, leader = begin(tmp_path)
+    with pytest.raises(JournalConflict, match="has taken over as trainer"), leader:
+        begin(tmp_path)
+        propose(tmp_path, policy())
+        for step in range(1, 200):
+            leader.begin_step(step)
+            time.sleep(0.02)
+
+
+def test_reports_wait_while_the_journal_is_away_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixwright.data_mixing import leader as module
+    from mixwright.data_mixing.entries import Checkpoint
+
+    monkeypatch.setattr(module, "RETRY_INTERVAL_S", 0.05)
+    journal, leader = begin(tmp_path)
+    append, away = journal.append, threading.Event()
+    away.set()
+
+    def failing_append(body: EntryBody) -> Entry:
+        if away.is_set():
+            raise JournalError("no space left")
+        return append(body)
+
+    monkeypatch.setattr(journal, "append", failing_append)
+    with leader:
+        leader.write(Checkpoint(step=3, tag="step-3", digest="00"))
+        for step in range(5):
+            leader.begin_step(step)
+            time.sleep(0.05)
+        assert [entry.type for entry in read_entries(tmp_path)].count("CHECKPOINT") == 0
+        away.clear()
+    assert [entry.type for entry in read_entries(tmp_path)].count("CHECKPOINT") == 1
+
+
+def test_a_journal_that_stays_away_is_an_error_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixwright.data_mixing.entries import Checkpoint
+
+    journal, leader = begin(tmp_path)
+
+    def failing_append(body: EntryBody) -> Entry:
+        raise JournalError("no space left")
+
+    monkeypatch.setattr(journal, "append", failing_append)
+    with pytest.raises(JournalError, match="no space left"), leader:
+        leader.write(Checkpoint(step=3, tag="step-3", digest="00"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "expected"),
+    [
+        ({"store_fingerprint": "other"}, StoreChanged, "restore the old store or start a new run"),
+        ({"seed": 2}, JournalError, r"seed = 2 \(the run has 1\)"),
+        ({"num_steps": 7}, JournalError, r"num_steps = 7 \(the run has 1000\)"),
+        ({"domains": DOMAINS[:2]}, JournalError, "domains ="),
+    ],
+)
+def test_a_run_is_not_continued_with_settings_that_change_what_it_reads(
+    tmp_path: Path, changes: dict, error: type[Exception], expected: str
+) -> None:
+    begin(tmp_path)
+    with pytest.raises(error, match=expected):
+        open_run(Journal(tmp_path, writer="leader"), GENESIS.model_copy(update=changes), FIRST)
+
+
+def test_a_killed_start_is_completed_by_the_next(tmp_path: Path) -> None:
+    """Killed after the first policy's entry, before its commit."""
+    journal = Journal(tmp_path, writer="leader")
+    journal.append(GENESIS)
+    journal.append(FIRST)
+    begin(tmp_path)
+    history = RunHistory()
+    for entry in read_entries(tmp_path):
+        history.apply(entry)
+    assert [(commit.effective_step, commit.policy) for commit in history.commits] == [(0, FIRST)]
+    assert len(history.policies) == 1
