@@ -20,6 +20,8 @@ from mixwright.data_mixing.entries import Segment
 from mixwright.data_mixing.errors import PolicyRejected, nearest
 
 MAX_KEYS = 100_000
+MAX_PROGRAM_NUMBERS = 1 << 20
+"""Segments times domains of a program: the journal entry stays below about 10 MB."""
 
 
 def _check_number(value: Any) -> Any:
@@ -87,11 +89,19 @@ def assign(patterns: Iterable[str], domains: tuple[Domain, ...], key: str) -> di
 def segments(steps: Iterable[tuple[int, NDArray[np.float64]]]) -> tuple[Segment, ...]:
     """A program from (start step, shares [G]) in order of step.
 
-    Of several with the same start the last one counts; neighbours with equal proportions become one segment.
+    Of several with the same start the last one counts; neighbours with equal proportions become one segment. Raises
+    PolicyRejected when the program is too large.
     """
-    proportions_at = {start_step: tuple(integer_proportions(share_G).tolist()) for start_step, share_G in steps}
+    share_at = dict(steps)
+    num_numbers = sum(map(len, share_at.values()))
+    if num_numbers > MAX_PROGRAM_NUMBERS:
+        raise PolicyRejected(
+            f"{len(share_at)} segments of {num_numbers // len(share_at)} domains are too much for one policy; "
+            f"segments x domains may be at most {MAX_PROGRAM_NUMBERS:,}"
+        )
     program: list[Segment] = []
-    for start_step, proportions in proportions_at.items():
+    for start_step, share_G in share_at.items():
+        proportions = tuple(integer_proportions(share_G).tolist())
         if not program or program[-1].proportions != proportions:
             program.append(Segment(start_step=start_step, proportions=proportions))
     return tuple(program)

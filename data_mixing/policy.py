@@ -31,8 +31,6 @@ from mixwright.data_mixing.mixture import assign
 MAX_DOCUMENT_CHARACTERS = 1 << 20
 MAX_DOCUMENT_VALUES = 1 << 17
 """Scalars in a document; more is a mistake, or a YAML file whose aliases expand without end."""
-MAX_PROGRAM_NUMBERS = 1 << 20
-"""Segments times domains of a program: the journal entry stays below about 10 MB."""
 
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
@@ -83,11 +81,6 @@ def accept(document: Any, genesis: Genesis, *, history: RunHistory | None = None
     history = history or RunHistory()
     parsed, kind = parse(document)
     program = kind.compile_program(parsed, genesis)
-    if len(program) * len(genesis.domains) > MAX_PROGRAM_NUMBERS:
-        raise PolicyRejected(
-            f"{parsed.kind}: {len(program)} segments of {len(genesis.domains)} domains are too much for one policy; "
-            f"segments x domains may be at most {MAX_PROGRAM_NUMBERS:,}"
-        )
     _check_at_step(parsed.at_step, genesis, first_open_step(history))
     entry = PolicyEntry(
         document=parsed.model_dump(mode="json", exclude_unset=True),
