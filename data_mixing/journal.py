@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -31,14 +32,17 @@ __all__ = ["Entry", "Journal", "Role", "read_entries", "verify"]
 logger = logging.getLogger(__name__)
 
 Role = Literal["controller", "trainer"]
+SNAPSHOTS = "snapshots"
+"""Folder beside the entries where `snapshot.py` keeps its short cuts."""
 STALE_TEMPORARY_S = 3600.0
+_TEMPORARY = re.compile(r"\.(?P<pid>[0-9]+)\.[0-9a-f]+@(?P<host>.+)\.tmp")
 
 
 class Journal:
     """One process's view of the journal in `folder`; `writer` names it in the entries that it appends.
 
-    `after` is the newest entry that the caller knows already (from a snapshot), with the leases up to there. Safe to
-    use from threads. Every method raises JournalError, naming the file, when the journal cannot be read or written.
+    `after` is the history that the caller knows already (from a snapshot); `poll` then begins behind it. Safe to use
+    from threads. Every method raises JournalError, naming the file, when the journal cannot be read or written.
     """
 
     def __init__(self, folder: Path, writer: str, *, after: RunHistory | None = None) -> None:
@@ -72,7 +76,6 @@ class Journal:
                 self._check_may_append(body)
                 entry = self._try_append(body)
                 if entry is not None:
-                    self._read_new()
                     return entry
 
     def append_after(self, lsn: int, body: EntryBody) -> Entry | None:
@@ -80,11 +83,7 @@ class Journal:
         with self._lock:
             self._read_new()
             self._check_may_append(body)
-            if self._next_lsn != lsn + 1:
-                return None
-            entry = self._try_append(body)
-            self._read_new()
-            return entry
+            return self._try_append(body) if self._next_lsn == lsn + 1 else None
 
     def acquire(self, role: Role) -> Lease:
         """Take over `role` from whoever holds it; the former holder's next append raises JournalConflict."""
@@ -122,7 +121,7 @@ class Journal:
                 self._newest_leases[entry.body.role] = entry.body
 
     def _try_append(self, body: EntryBody) -> Entry | None:
-        """Write the entry as the next one; None when another writer was faster."""
+        """Write the entry as the next one and read it back; None when another writer was faster."""
         entry, raw = sealed(self._next_lsn, body, self.writer, round(time.time(), 6), self._last_hash)
         path = entry_path(self.folder, entry.lsn)
         try:
@@ -130,7 +129,10 @@ class Journal:
             created = _create(path, raw)
         except OSError as error:
             raise JournalError(f"{path}: entry cannot be written: {error.strerror}") from None
-        return entry if created else None
+        if not created:
+            return None
+        self._read_new()
+        return next(own for own in self._unread if own.lsn == entry.lsn)
 
     def _sweep(self) -> None:
         """Remove what killed writers have left behind. It is harmless while it lies there, so failing is no error."""
@@ -161,6 +163,7 @@ def verify(folder: Path) -> RunHistory:
 
     Raises JournalError or PlanMismatch naming the entry that does not hold.
     """
+    _check_no_strangers(folder)
     history = RunHistory()
     for entry in read_entries(folder):
         try:
@@ -173,7 +176,7 @@ def verify(folder: Path) -> RunHistory:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise JournalError when an entry is missing before the newest one, or a file has an entry's name misspelt."""
+    """Raise JournalError when an entry is missing before the newest one."""
     numbers = entry_numbers(folder)
     for expected, number in enumerate(numbers):
         # A listing is no snapshot: an entry that appeared while it ran may be absent from it.
@@ -181,9 +184,18 @@ def check_complete(folder: Path) -> None:
             raise JournalError(f"{entry_path(folder, expected)}: entry is missing, but {number:08d}.json exists")
 
 
+def _check_no_strangers(folder: Path) -> None:
+    """Raise JournalError for a file that nobody who keeps this journal writes."""
+    numbers = entry_numbers(folder)
+    known = {entry_path(folder, number).name for number in numbers} | {SNAPSHOTS}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known and not _TEMPORARY.fullmatch(path.name):
+            raise JournalError(f"{path}: is no journal entry; expected names like {entry_path(folder, 0).name}")
+
+
 def _create(path: Path, raw: bytes) -> bool:
     """Make `path` appear with content `raw`, durably; False when it exists already. Raises OSError."""
-    temporary = path.parent / f".{os.getpid()}.{secrets.token_hex(6)}.{socket.gethostname()}.tmp"
+    temporary = path.parent / f".{os.getpid()}.{secrets.token_hex(6)}@{socket.gethostname()}.tmp"
     try:
         _write_durably(temporary, raw)
         if not _link(temporary, path):
@@ -240,13 +252,15 @@ def _is_abandoned(path: Path) -> bool:
 
     A wrong guess does no harm: the writer finds its file gone and writes another.
     """
-    _, pid, _, rest = path.name.split(".", 3)
-    if rest.removesuffix(".tmp") != socket.gethostname():
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    if match["host"] != socket.gethostname():
         return time.time() - path.stat().st_mtime > STALE_TEMPORARY_S
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(match["pid"]), 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass
     return False

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from mixwright.data_mixing.entry_file import read_entry
 from mixwright.data_mixing.errors import MixingError
 from mixwright.data_mixing.history import HistoryState, RunHistory
-from mixwright.data_mixing.journal import Journal
+from mixwright.data_mixing.journal import SNAPSHOTS, Journal
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def write_when_due(folder: Path, history: RunHistory) -> bool:
 
 def snapshot_folder(folder: Path) -> Path:
     """Where the snapshots of the journal in `folder` lie."""
-    return folder / "snapshots"
+    return folder / SNAPSHOTS
 
 
 def _write(folder: Path, history: RunHistory) -> None:
