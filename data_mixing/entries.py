@@ -70,7 +70,7 @@ class PolicyEntry(StrictModel):
 
     document: dict[str, Any]
     program: tuple[Segment, ...] = Field(min_length=1)
-    caps: dict[str, Cap] = {}
+    caps: dict[str, Cap] = Field(default_factory=dict)
     at_step: int | None = Field(default=None, ge=0)
     shadow: bool = False
     author: str = ""

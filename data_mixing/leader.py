@@ -14,7 +14,7 @@ from types import TracebackType
 from mixwright.data_mixing.entries import Commit, EntryBody, Genesis, Lease, PolicyEntry
 from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
 from mixwright.data_mixing.history import CommittedPolicy, RunHistory
-from mixwright.data_mixing.journal import Entry, Journal
+from mixwright.data_mixing.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +174,8 @@ def open_run(journal: Journal, genesis: Genesis, first_policy: PolicyEntry) -> t
     lease = journal.acquire("trainer")
     _catch_up(journal, history)
     if not history.commits:
-        entry = _first_policy_entry(journal, history, first_policy)
-        journal.append(commit_body(history, entry, history.policies[entry], 0))
+        lsn = _first_policy_entry(journal, history, first_policy)
+        journal.append(commit_body(history, lsn, history.policies[lsn], 0))
         _catch_up(journal, history)
     return history, lease
 
@@ -185,7 +185,7 @@ def _first_policy_entry(journal: Journal, history: RunHistory, first_policy: Pol
     for lsn, policy in history.policies.items():
         if policy == first_policy:
             return lsn
-    entry: Entry = journal.append(first_policy)
+    entry = journal.append(first_policy)
     _catch_up(journal, history)
     return entry.lsn
 

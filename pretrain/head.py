@@ -5,6 +5,8 @@ N tokens of the micro-batch, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,14 +41,18 @@ class Head(nn.Module):
 class LanguageModel(nn.Module):
     """A `transformers` causal language model whose `forward` ends in a Head instead of logits."""
 
-    def __init__(self, causal_lm: nn.Module) -> None:
+    head: Head
+    causal_lm: Any
+
+    def __init__(self, causal_lm: Any) -> None:
+        """`causal_lm` is any `transformers` model with output embeddings; its parameters are shared, not copied."""
         super().__init__()
         config = causal_lm.config
         scaling = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides logits by it
         scaling /= float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
         self.head = Head(causal_lm.get_output_embeddings(), softcap, scaling)
-        self.backbone = causal_lm.base_model
+        self.backbone: nn.Module = causal_lm.base_model
         # Kept out of the module tree: its parameters are the backbone's and the head's, counted once.
         object.__setattr__(self, "causal_lm", causal_lm)
 
@@ -54,7 +60,8 @@ class LanguageModel(nn.Module):
         """Losses of predicting tokens 1.. from tokens ..S-2 of each row; int64 [B, S] in, float32 [B * (S-1)] out."""
         hidden_BTD = self.backbone(input_ids=tokens_BS[:, :-1], use_cache=False).last_hidden_state
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        return self.head(hidden_ND, tokens_BS[:, 1:].reshape(-1))
+        losses: TokenLosses = self.head(hidden_ND, tokens_BS[:, 1:].reshape(-1))
+        return losses
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -95,17 +95,14 @@ def _check_head(model: LanguageModel, vocab_size: int) -> None:
 def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder: Path, folder: Path) -> None:
     """Write a Hugging Face folder: full `parameters` (by LanguageModel name), configuration and tokenizer."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one by its first name
-    state = {name: parameters[names[id(parameter)]] for name, parameter in _causal_lm_parameters(model.causal_lm)}
+    own_parameters = model.causal_lm.named_parameters(remove_duplicate=False)
+    state = {name: parameters[names[id(parameter)]] for name, parameter in own_parameters}
     state |= {
         name: buffer for name, buffer in model.causal_lm.state_dict().items() if name not in state and buffer.numel()
     }
     disable_progress_bar()
     model.causal_lm.save_pretrained(folder, state_dict=state, safe_serialization=True)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-
-
-def _causal_lm_parameters(causal_lm: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(causal_lm.named_parameters(remove_duplicate=False))
 
 
 def num_parameters(model: nn.Module) -> int:

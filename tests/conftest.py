@@ -11,9 +11,9 @@ from mixwright.data_mixing.corpora import CorporaConfig
 from mixwright.data_mixing.prepare import prepare
 
 WORDS = {
-    "letters": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split(),
-    "numbers": "one two three four five six seven eight nine ten eleven twelve".split(),
-    "colours": "red green blue black white yellow orange purple brown pink grey".split(),
+    "letters": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu",
+    "numbers": "one two three four five six seven eight nine ten eleven twelve",
+    "colours": "red green blue black white yellow orange purple brown pink grey",
 }
 NUM_DOCUMENTS = {"letters": 160, "numbers": 80, "colours": 40}
 
@@ -24,7 +24,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpora")
     for name, words in WORDS.items():
         chance = random.Random(name)
-        documents = [" ".join(chance.choices(words, k=60)) for _ in range(NUM_DOCUMENTS[name])]
+        documents = [" ".join(chance.choices(words.split(), k=60)) for _ in range(NUM_DOCUMENTS[name])]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     tree = {
         "output": str(folder / "store"),

@@ -140,17 +140,25 @@ def print_table(config: PretrainConfig, ours: list[dict[str, Any]], theirs: list
     import torch
     import transformers
 
-    tokens = config.training.rows_per_step * 256
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} cores, "
-          f"{len(ours)} rounds, {tokens} tokens a step")  # fmt: skip
-    print(f"{'':22}{'ms/step':>10}{'tokens/s':>12}{'peak MiB':>10}{'waiting':>9}{'last loss':>11}")
-    ours_ms, theirs_ms = (1e3 * median(s for r in side for s in r["seconds"]) for side in (ours, theirs))
-    ours_mib, theirs_mib = (median(r["peak_bytes"] for r in side) / 2**20 for side in (ours, theirs))
-    ours_loss, theirs_loss = (median(r["last_loss"] for r in side) for side in (ours, theirs))
-    waiting = median(r["waiting"] for r in ours)
-    print(f"{'mixwright':22}{ours_ms:>10.1f}{tokens / ours_ms * 1e3:>12,.0f}{ours_mib:>10,.0f}{waiting:>9.2%}{ours_loss:>11.3f}")
-    print(f"{'transformers.Trainer':22}{theirs_ms:>10.1f}{tokens / theirs_ms * 1e3:>12,.0f}{theirs_mib:>10,.0f}{'':>9}{theirs_loss:>11.3f}")
+    from mixwright.data_mixing.store import TokenStore
+
+    tokens = config.training.rows_per_step * TokenStore.open(config.data.store).manifest.sequence_length
+    rows = [figures("mixwright", ours, tokens), figures("transformers.Trainer", theirs, tokens)]
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {os.cpu_count()} cores, ", end="")
+    print(f"{len(ours)} rounds in turns, {tokens} tokens a step, medians")
+    print(f"{'':22}{'ms/step':>10}{'tokens/s':>12}{'peak MiB':>10}{'last loss':>11}")
+    for name, ms, speed, mib, loss in rows:
+        print(f"{name:22}{ms:>10.1f}{speed:>12,.0f}{mib:>10,.0f}{loss:>11.3f}")
+    (_, ours_ms, _, ours_mib, _), (_, theirs_ms, _, theirs_mib, _) = rows
     print(f"{'ratio':22}{ours_ms / theirs_ms:>10.3f}{theirs_ms / ours_ms:>12.3f}{ours_mib / theirs_mib:>10.3f}")
+    print(f"mixwright waits for data {median(r['waiting'] for r in ours):.3%} of the step time")
+
+
+def figures(name: str, side: list[dict[str, Any]], tokens: int) -> tuple[str, float, float, float, float]:
+    """Name, milliseconds a step, tokens a second, peak MiB, last loss: medians over all rounds."""
+    seconds = median(s for measured in side for s in measured["seconds"])
+    mib = median(measured["peak_bytes"] for measured in side) / 2**20
+    return name, 1e3 * seconds, tokens / seconds, mib, median(measured["last_loss"] for measured in side)
 
 
 if __name__ == "__main__":

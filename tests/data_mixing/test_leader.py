@@ -138,9 +138,14 @@ def test_training_waits_at_the_edge_of_a_commit_that_is_being_written(
 
 def test_a_leader_that_was_replaced_stops_and_says_so(tmp_path: Path) -> None:
     _, leader = begin(tmp_path)
-    with pytest.raises(JournalConflict, match="has taken over as trainer"), leader:
-        begin(tmp_path)
-        propose(tmp_path, policy())
+    with pytest.raises(JournalConflict, match="has taken over as trainer"):
+        train_after_a_takeover(leader, tmp_path)
+
+
+def train_after_a_takeover(leader: Leader, folder: Path) -> None:
+    with leader:
+        begin(folder)
+        propose(folder, policy())
         for step in range(1, 200):
             leader.begin_step(step)
             time.sleep(0.02)

@@ -85,7 +85,7 @@ def test_a_model_that_changes_its_logits_in_private_is_refused(monkeypatch: pyte
 
     original = LlamaForCausalLM.forward
 
-    def doubled(self, *args, **kwargs):  # noqa: ANN001, ANN202
+    def doubled(self, *args, **kwargs):
         output = original(self, *args, **kwargs)
         output.logits = output.logits * 2
         return output

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def test_cosine_is_half_way_down_in_the_middle_and_ends_at_the_final_ratio() -> 
     rates = [learning_rate(config, 1.0, step, 100) for step in range(100)]
     assert rates[49] == pytest.approx(0.6)
     assert rates[-1] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[24] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
 
 
