@@ -147,8 +147,9 @@ class RunHistory:
         if policy.shadow:
             raise JournalError(f"entry {lsn}: commits policy {commit.policy_lsn}, which is a shadow")
         self._settled.add(commit.policy_lsn)
-        self.commits.append(CommittedPolicy(commit.effective_step, commit.policy_lsn, policy))
+        # The record first: a thread that derives the plan meanwhile takes as many records as there are commits.
         self._records.append(CommitRecord(**commit.model_dump()))
+        self.commits.append(CommittedPolicy(commit.effective_step, commit.policy_lsn, policy))
         self.last_commit_lsn = lsn
 
     def _report(self, report: Report) -> None:
@@ -173,7 +174,7 @@ class RunHistory:
         Raises PlanMismatch when a commit's recorded fingerprint is not the one derived here.
         """
         plan = self._plan or Plan(self.genesis, ())
-        for commit, record in zip(self.commits[len(plan.commits) :], self._records[len(plan.commits) :], strict=True):
+        for commit, record in list(zip(self.commits, self._records, strict=False))[len(plan.commits) :]:
             plan = plan.extended(commit)
             check_digest(plan, record)
         self._plan = plan

@@ -75,8 +75,10 @@ def _write(folder: Path, history: RunHistory) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    for lsn, commits in _numbers(folder)[:-KEEP]:
-        (path.parent / f"{lsn:08d}.{commits}.json").unlink(missing_ok=True)
+    outdated = [f"{lsn:08d}.{commits}.json" for lsn, commits in _numbers(folder)[:-KEEP]]
+    # Temporary files of killed writers go too; a live writer whose file is taken goes without this snapshot.
+    for old in [*(path.parent / name for name in outdated), *path.parent.glob(".*.tmp")]:
+        old.unlink(missing_ok=True)
 
 
 def _numbers(folder: Path) -> list[tuple[int, int]]:
@@ -92,8 +94,8 @@ def _newest(folder: Path) -> RunHistory | None:
         path = snapshot_folder(folder) / f"{lsn:08d}.{commits}.json"
         try:
             return _load(folder, path)
-        except (OSError, ValueError, ValidationError, MixingError) as error:
-            logger.warning("%s: snapshot is passed over: %s", path, str(error).splitlines()[0])
+        except (OSError, ValueError, MixingError) as error:
+            logger.warning("%s: snapshot is passed over: %s", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()
     return None
@@ -104,7 +106,10 @@ def _load(folder: Path, path: Path) -> RunHistory:
     recorded, payload = raw[:_HASH_LENGTH], raw[_HASH_LENGTH + 1 :]
     if hashlib.sha256(payload).hexdigest().encode() != recorded:
         raise ValueError("its content does not have the recorded hash")
-    state = HistoryState.model_validate_json(payload)
+    try:
+        state = HistoryState.model_validate_json(payload)
+    except ValidationError:
+        raise ValueError("its content is not a history as this version writes it") from None
     entry = read_entry(folder, state.last_lsn, None)
     if entry is None or entry.hash != state.last_hash:
         raise ValueError(f"the journal has no entry {state.last_lsn} with hash {state.last_hash[:12]}...")
