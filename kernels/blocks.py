@@ -127,15 +127,26 @@ def add_product_(sum_nd: Tensor, left_nk: Tensor, right_kd: Tensor, scale: Tenso
     sum_nd.add_(product_nd if scale is None else product_nd * scale)
 
 
+def scatter_add_rows_(out_V: Tensor, index_N: Tensor, rows_N: Tensor) -> None:
+    """out[index_n] += rows_n in an order that does not change from run to run: [V] += [N] or [V, D] += [N, D].
+
+    On a CPU `index_add_` is sequential and `index_put_` is not; on CUDA `index_add_` is atomic and `index_put_` sorts.
+    """
+    if out_V.is_cuda:
+        out_V.index_put_((index_N,), rows_N.to(out_V.dtype), accumulate=True)
+    else:
+        out_V.index_add_(0, index_N, rows_N.to(out_V.dtype))
+
+
 def add_onehot_rows_(gradients: Gradients, head: HeadInputs, hidden_ND: Tensor, onehot_N: Tensor) -> None:
     """Add the gradient of sum_i onehot_i * x_i[y_i], x raw logits: one row of W and one row of dW per token."""
     targets_N = head.safe_targets()
     if gradients.hidden_ND is not None:
         gradients.hidden_ND.add_(onehot_N[:, None] * head.weight_VD[targets_N])
     if gradients.weight_VD is not None:
-        gradients.weight_VD.index_add_(0, targets_N, (onehot_N[:, None] * hidden_ND).to(gradients.weight_VD.dtype))
+        scatter_add_rows_(gradients.weight_VD, targets_N, onehot_N[:, None] * hidden_ND)
     if gradients.bias_V is not None:
-        gradients.bias_V.index_add_(0, targets_N, onehot_N.to(gradients.bias_V.dtype))
+        scatter_add_rows_(gradients.bias_V, targets_N, onehot_N)
 
 
 def _float32_product(hidden_nD: Tensor, weight_vD: Tensor) -> Tensor:

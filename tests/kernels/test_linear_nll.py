@@ -38,7 +38,7 @@ def test_every_engine_equals_the_reference_on_awkward_sizes(num_tokens: int, voc
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("first", "second"), itertools.combinations(FEATURES, 2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(FEATURES, 2)))
 def test_every_pair_of_features_equals_the_reference(first: str, second: str, engine: str) -> None:
     problem = random_problem(37, 8, 257, **(FEATURES[first] | FEATURES[second]))
     assert_all_close(problem.run(linear_nll, **ENGINES[engine]), problem.run(linear_nll_reference), 1e-12)

@@ -49,7 +49,7 @@ def random_logits(columns: int, offset: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("columns", [1, 7, 64, 65, 257])
-@pytest.mark.parametrize(("first", "second"), itertools.combinations_with_replacement(FEATURES, 2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations_with_replacement(FEATURES, 2)))
 def test_unit_gradient_equals_the_float64_torch_form(first: str, second: str, columns: int) -> None:
     logits_nv, targets_n = random_logits(columns)
     options = FEATURES[first] | FEATURES[second]
