@@ -19,6 +19,7 @@ MODELS = [
      "num_attention_heads": 4, "max_position_embeddings": 64},
     {**LLAMA, "model_type": "gemma2", "final_logit_softcapping": 5.0, "head_dim": 8, "query_pre_attn_scalar": 8},
     {**LLAMA, "model_type": "granite", "logits_scaling": 4.0},
+    {**LLAMA, "model_type": "cohere", "logit_scale": 0.25},
     {**LLAMA, "model_type": "qwen2"},
 ]  # fmt: skip
 
