@@ -281,10 +281,10 @@ def actor_name(run: str) -> str:
     return f"mixing/{run}"
 
 
-def create_controller(run: str, journal_folder: Path, holder: str, timeout_s: float) -> Any:
+def create_controller(run: str, journal_folder: Path, holder: str, timeout_s: float) -> tuple[Any, str]:
     """The run's actor in the cluster that this process is attached to, created or found; it answers.
 
-    Raises ServiceUnavailable when it does not, or when a run of the same name in another folder has it.
+    Returns it and its name in the journal, which is another than `holder` for one that was found. Raises ServiceUnavailable when it does not, or when a run of the same name in another folder has it.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = ray.remote(ControllerActor).options(
@@ -298,12 +298,13 @@ def create_controller(run: str, journal_folder: Path, holder: str, timeout_s: fl
         scheduling_strategy=here,
     )
     actor = options.remote(str(journal_folder), holder)
-    serves = call(actor, "ping", {}, timeout_s)["journal"]
-    if serves != str(journal_folder):
+    pong = call(actor, "ping", {}, timeout_s)
+    if pong["journal"] != str(journal_folder):
         raise ServiceUnavailable(
-            f"actor {actor_name(run)!r} of this cluster serves {serves}; give the run of {journal_folder} another name"
+            f"actor {actor_name(run)!r} of this cluster serves {pong['journal']}; give the run of {journal_folder} "
+            "another name"
         )
-    return actor
+    return actor, str(pong["holder"])
 
 
 def find_controller(run_actor: str) -> Any:

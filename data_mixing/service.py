@@ -153,7 +153,13 @@ class ServiceProcess:
         self.failure = ""
 
     def poll(self) -> ServiceStatus:
-        """State now. Starts the host when there is none and this object has not started one before."""
+        """State now; never raises. Starts the host when there is none and this object has not started one before."""
+        try:
+            return self._state()
+        except ServiceUnavailable as error:
+            return ServiceStatus("failed", str(error))
+
+    def _state(self) -> ServiceStatus:
         if self._process is None and not self.failure:
             if has_host(self.run_dir):
                 return service_status(self.run_dir)
@@ -182,10 +188,12 @@ class ServiceProcess:
         """End the service and its own Ray, waiting up to STOP_TIMEOUT_S; one that was started by hand stays."""
         if self._process is not None:
             _end(self._process)
-        elif self._is_watched and has_host(self.run_dir):
-            record = read_record(self.run_dir)
-            if record is not None and record.watched:
-                stop_service(self.run_dir)
+        elif self._is_watched:
+            # An unreadable record leaves nobody to end; a watched host ends by itself when the trainer is gone.
+            with contextlib.suppress(ServiceUnavailable):
+                record = read_record(self.run_dir)
+                if record is not None and record.watched:
+                    stop_service(self.run_dir)
 
     def _spawn(self) -> None:
         log_path = self.run_dir / LOG
@@ -312,7 +320,8 @@ def _replace(path: Path, text: str) -> None:
     except OSError as error:
         raise ServiceUnavailable(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _last_line(path: Path) -> str:

@@ -112,7 +112,7 @@ class MixingHost:
             # Imported by now, with the environment that Ray needs.
             from mixwright.data_mixing import controller
 
-            self._actor = controller.create_controller(
+            self._actor, self._holder = controller.create_controller(
                 self._record.run, self._run_dir / "journal", self._holder, START_TIMEOUT_S
             )
             update = {"address": address, "actor": controller.actor_name(self._record.run)}
@@ -177,7 +177,7 @@ class MixingHost:
         except MixingError as error:
             logger.warning("%s", error)
         newest = self._lease_holder()
-        if newest and newest != self._holder and self._record.private:
+        if newest and newest != self._holder:
             raise ServiceUnavailable(f"another controller, {newest}, has taken over the run")
         return None
 
