@@ -120,8 +120,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "does not have the recorded hash"),
     "of another journal": (lambda path: _reseal(path, b'"last_hash":"', b'"last_hash":"0'), "the journal has no entry"),
     "of another plan": (lambda path: _reseal(path, b'"cursors":[', b'"cursors":[9'), "recorded plan state"),
-    "of another version": (lambda path: _reseal(path, b'"settled"', b'"old_key"'), "not a history as this version writes it"),
-    "no JSON": (lambda path: _reseal(path, b'{"genesis"', b'{genesis'), "not a history as this version writes it"),
+    "of another version": (lambda path: _reseal(path, b'"settled"', b'"old_key"'), "not a history as"),
+    "no JSON": (lambda path: _reseal(path, b'{"genesis"', b'{genesis'), "not a history as"),
 }  # fmt: skip
 
 
