@@ -78,11 +78,12 @@ def ensemble_kl_reference(
     temperature: float = 1.0,
 ) -> Tensor:
     """The definition, in float64 with all logits at once; every teacher has the student's vocabulary."""
-    logits = [teacher.hidden_ND.double() @ teacher.weight_VD.double().T / temperature for teacher in teachers]
+    logits = torch.stack([t.hidden_ND.double() @ t.weight_VD.double().T / temperature for t in teachers])
+    share_K11 = torch.tensor(list(proportions), dtype=torch.float64, device=logits.device)[:, None, None]
     if pooling == "arithmetic":
-        target_NV = sum(share * torch.softmax(z, 1) for share, z in zip(proportions, logits, strict=True))
+        target_NV = (share_K11 * torch.softmax(logits, 2)).sum(0)
     else:
-        target_NV = torch.softmax(sum(share * z for share, z in zip(proportions, logits, strict=True)), 1)
+        target_NV = torch.softmax((share_K11 * logits).sum(0), 1)
     log_student_NV = torch.log_softmax(hidden_ND.double() @ weight_VD.double().T / temperature, 1)
     return torch.nn.functional.kl_div(log_student_NV, target_NV, reduction="none").sum(1)
 

@@ -34,7 +34,7 @@ from mixwright.kernels.blocks import (
 from mixwright.kernels.head_inputs import HeadInputs
 from mixwright.kernels.rows_torch import RowStats
 
-CPU_SLICE_BYTES, GPU_SLICE_BYTES = 8 << 20, 512 << 20
+CPU_SLICE_BYTES, GPU_SLICE_BYTES = 4 << 20, 512 << 20
 
 
 class RowLosses(NamedTuple):
@@ -138,7 +138,7 @@ def _recomputed_rows_into(
     width = columns_per_slice(num_rows, rows.row_dtype, hidden_nD.device)
     row_kernels = blocks.row_kernels(hidden_nD.device, hidden_nD.dtype)
     scratch = hidden_nD.new_empty(num_rows * min(width, vocabulary))
-    sum_nD = torch.zeros_like(hidden_nD, dtype=rows.row_dtype)
+    sum_nD = _sum_buffer(out, rows)
     for first in range(0, vocabulary, width):
         columns = slice(first, min(first + width, vocabulary))
         out_nv = scratch[: num_rows * (columns.stop - first)].view(num_rows, -1)
@@ -156,6 +156,15 @@ def _recomputed_rows_into(
             out.bias_V[columns].addmv_(gradient_nv.T, coefficient_n.to(out.bias_V.dtype))
     if out.hidden_ND is not None:
         torch.mul(sum_nD, coefficient_n[:, None], out=out.hidden_ND[-num_rows:])
+
+
+def _sum_buffer(out: Gradients, rows: HeadInputs) -> Tensor:
+    """Zeros to sum dH over slices in: where dH will lie, or a float32 buffer for 16-bit inputs."""
+    if out.hidden_ND is None:
+        return rows.hidden_ND.new_empty(0)
+    if out.hidden_ND.dtype == rows.row_dtype:
+        return out.hidden_ND[-rows.hidden_ND.shape[0] :].zero_()
+    return torch.zeros_like(rows.hidden_ND, dtype=rows.row_dtype)
 
 
 def columns_per_slice(num_rows: int, row_dtype: torch.dtype, device: torch.device) -> int:
