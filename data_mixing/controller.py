@@ -284,7 +284,8 @@ def actor_name(run: str) -> str:
 def create_controller(run: str, journal_folder: Path, holder: str, timeout_s: float) -> tuple[Any, str]:
     """The run's actor in the cluster that this process is attached to, created or found; it answers.
 
-    Returns it and its name in the journal, which is another than `holder` for one that was found. Raises ServiceUnavailable when it does not, or when a run of the same name in another folder has it.
+    Returns it and its name in the journal, which is another than `holder` for one that was found. Raises
+    ServiceUnavailable when it does not answer, or when a run of the same name in another folder has it.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = ray.remote(ControllerActor).options(
