@@ -165,6 +165,28 @@ def test_verbs_reach_the_actor_and_errors_come_back(private: Served) -> None:
     assert lsn not in dict(private.trainer.read().pending())
 
 
+def test_a_submitted_policy_takes_effect_at_the_step_that_the_trainer_commits(private: Served, tmp_path: Path) -> None:
+    policy, trainer = tmp_path / "policy.yaml", private.trainer
+    policy.write_text(json.dumps(CODE | {"why": "from the command"}))
+
+    def commit_when_proposed() -> None:
+        wait_until(lambda: [p for _, p in trainer.read().pending() if p.why == "from the command"])
+        trainer.commit(trainer.history.pending()[-1][0], 40)
+
+    committing = threading.Thread(target=commit_when_proposed)
+    committing.start()
+    done = mix("submit", str(policy), "--run", str(private.run_dir), "--author", "ann", "--wait")
+    committing.join()
+    assert (done.returncode, done.stderr) == (0, "")
+    lsn = trainer.history.commits[-1].lsn
+    assert done.stdout.splitlines() == [
+        f"policy {lsn} is accepted",
+        "  these domains get 0: wiki, web-a, web-b",
+        f"policy {lsn} is committed: it takes effect at step 40",
+    ]
+    assert trainer.history.policies[lsn].author == "ann"
+
+
 def test_kill_9_of_the_actor_loses_and_doubles_nothing(private: Served) -> None:
     before = private.client.ping()
     lsn = private.client.submit(CODE, "kill-1")["lsn"]
