@@ -133,6 +133,18 @@ def test_adding_a_constant_to_all_logits_changes_no_loss_and_no_gradient_of_nll(
     assert_all_close([shifted[0], *shifted[2:]], [base[0], *base[2:]], 1e-11)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_large_exact_offset_costs_float32_no_digit(engine: str) -> None:
+    problem = random_problem(20, 8, 100, bias=True)
+    assert problem.bias_V is not None
+    rounded = {name: (getattr(problem, name) * 4).round() / 4 for name in ("hidden_ND", "weight_VD", "bias_V")}
+    problem = replace(problem, dlse_N=torch.zeros_like(problem.dlse_N), **rounded).to(torch.float32)
+    assert problem.bias_V is not None
+    moved = replace(problem, bias_V=problem.bias_V + 8192.0)  # logits stay multiples of 1/16, lse does not
+    base, shifted = (p.run(linear_nll, **ENGINES[engine]) for p in (problem, moved))
+    assert_all_close([shifted[0], *shifted[2:]], [base[0], *base[2:]], 2e-6)
+
+
 def test_permuting_the_vocabulary_permutes_rows_of_the_weight_gradient() -> None:
     problem = random_problem(20, 8, 100)
     order_V = torch.randperm(100, generator=torch.Generator().manual_seed(1))
