@@ -24,7 +24,7 @@ from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import PolicyRejected, ServiceUnavailable
 from mixwright.data_mixing.journal import read_entries
 from mixwright.data_mixing.policy import plain_mapping, read_text
-from mixwright.data_mixing.service import ServiceRecord, has_host, read_record, service_status
+from mixwright.data_mixing.service import POLL_INTERVAL_S, ServiceRecord, has_host, read_record, service_status
 
 CALL_MODULE = "mixwright.launch.mixing_call"
 DEFAULT_TIMEOUT_S = 30.0
@@ -67,7 +67,7 @@ class MixingClient:
         return self._call("end", {})
 
     def _call(self, verb: str, arguments: Mapping[str, Any]) -> Answer:
-        record = reachable_service(self._run_dir)
+        record = self._ready_service()
         request = {
             "address": record.address,
             "actor": record.actor,
@@ -81,6 +81,13 @@ class MixingClient:
             return unpack(_in_own_process(request, self._timeout_s))
         except ServiceUnavailable as error:
             return self._outcome(arguments.get("request_id"), error)
+
+    def _ready_service(self) -> ServiceRecord:
+        """How to reach the service; one that is starting gets `timeout_s` to become ready."""
+        deadline = time.monotonic() + self._timeout_s
+        while service_status(self._run_dir).state == "starting" and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL_S)
+        return reachable_service(self._run_dir)
 
     def _outcome(self, request_id: str | None, error: ServiceUnavailable) -> Answer:
         """What became of a request without an answer: the journal knows whether it arrived."""

@@ -126,9 +126,7 @@ def submit(
         raise ConfigError("--wait: a shadow policy is never committed")
     answer = MixingClient(run_dir, timeout or ANSWER_TIMEOUT_S).submit(document)
     if not as_json:
-        typer.echo(f"policy {answer['lsn']} is accepted")
-        for remark in answer["remarks"]:
-            typer.echo(f"  {remark}")
+        typer.echo("\n  ".join([f"policy {answer['lsn']} is accepted", *answer["remarks"]]))
     if wait:
         answer["effective_step"] = wait_for_commit(run_dir, answer["lsn"], timeout or COMMIT_TIMEOUT_S)
         if not as_json:

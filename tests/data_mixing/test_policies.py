@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mixwright.data_mixing.entries import PROPORTION_TOTAL, PolicyEntry
 from mixwright.data_mixing.errors import PolicyRejected
@@ -179,3 +181,14 @@ def test_a_schedule_may_end_its_last_ramp_with_the_run() -> None:
         schedule({"step": 0, "mixture": {"code": 1}}, {"step": 1000, "mixture": {"wiki": 1}, "ramp": "linear"})
     )
     assert mixture_at(entry, 999)["wiki"] > 0.98
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "policies").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_are_accepted_by_a_run_on_the_corpora_they_are_for(path: Path) -> None:
+    corpora = "quickstart_corpora.yaml" if path.name.startswith("quickstart") else "shared_corpora.yaml"
+    names = yaml.safe_load((CONFIGS / corpora).read_text())["domains"]
+    run = genesis(sizes=dict.fromkeys(names, 2000), num_steps=3000)
+    assert accept(path.read_text(), run).program

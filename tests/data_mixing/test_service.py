@@ -165,6 +165,17 @@ def test_every_call_says_that_there_is_no_service(tmp_path: Path, verb: str) -> 
         getattr(MixingClient(trainer.run_dir), verb)()
 
 
+def test_a_call_waits_for_a_service_that_is_starting_within_its_time_limit(tmp_path: Path) -> None:
+    holder = lock_holder(tmp_path)
+    write_record(tmp_path, record(state="starting"))
+    started = time.monotonic()
+    with pytest.raises(ServiceUnavailable, match="is starting"):
+        MixingClient(tmp_path, timeout_s=0.5).ping()
+    assert 0.5 <= time.monotonic() - started < 3
+    holder.kill()
+    holder.communicate()
+
+
 def test_a_call_to_a_closed_port_fails_at_once_and_says_where(tmp_path: Path) -> None:
     trainer = TrainerSide(tmp_path / "exp")
     holder = lock_holder(trainer.run_dir)
