@@ -135,11 +135,7 @@ def remarks(genesis: Genesis, commits: Sequence[CommittedPolicy], lsn: int) -> l
 
 def describe(event: Exhaustion) -> str:
     """An exhaustion as a sentence."""
-    outcome = {
-        "renormalise": "its share goes to the other domains",
-        "stop": "the run ends there",
-        "allow": "it goes on repeating",
-    }[event.action]
+    outcome = "the run ends there" if event.action == "stop" else "its share goes to the other domains"
     return f"{event.domain} reaches {event.max_epochs:g} epochs at step {event.step}: {outcome}"
 
 
