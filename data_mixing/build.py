@@ -5,6 +5,7 @@ Each stage is a list of tasks that are spread over processes; a task whose resul
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import shutil
@@ -22,6 +23,7 @@ from mixwright.data_mixing.scan import ScanTask, Task, narrow, read_scan, run_sc
 from mixwright.data_mixing.selection import DROPPED, Scan, Selection, concatenate, excerpt_bytes, select
 from mixwright.data_mixing.shards import RowShape, plan_shards, read_row_file, row_shape, run_shard
 from mixwright.data_mixing.sources import DomainInput, plan_tasks
+from mixwright.data_mixing.staging import is_complete
 from mixwright.data_mixing.summary import check_filled, domain_manifest, store_fingerprint
 from mixwright.data_mixing.tokenizer import load_tokenizer, save_existing, save_trained, tokenizer_hash, train_tokenizer
 from mixwright.data_mixing.tokens import ExcerptTask, TokenFile, TokenTask, read_excerpts, read_token_file, run_tokens
@@ -85,7 +87,8 @@ class Build:
             save_existing(self.config.tokenizer, part)
         else:
             self.progress("training the tokenizer", 0, 1)
-            save_trained(train_tokenizer(self._excerpts(trained.max_bytes), trained.vocab_size), part)
+            excerpts = list(self._excerpts(trained.max_bytes))  # an error in here is ours, not the trainer's
+            save_trained(train_tokenizer(excerpts, trained.vocab_size), part)
             self.progress("training the tokenizer", 1, 1)
         self.store.mkdir(exist_ok=True)
         part.rename(self.tokenizer_folder)
@@ -97,26 +100,22 @@ class Build:
             kept_n = selection.split_n != DROPPED
             identity = concatenate(scans).identity_n2[kept_n].tobytes()
             documents[item.name] = hashlib.sha256(identity + selection.split_n[kept_n].tobytes()).hexdigest()
-        tokenizer = tokenizer_hash(self.tokenizer_folder)
-        return fingerprint(
-            {"documents": list(documents.items()), "tokenizer": tokenizer, "shape": astuple(self._shape())}
-        )
+        shape = astuple(self._shape)
+        return fingerprint({"documents": list(documents.items()), "tokenizer": self._tokenizer_hash, "shape": shape})
 
     def tokenise(self) -> list[tuple[TokenFile, ...]]:
         """Tokens of all documents that are kept, by domain; raises DataError when a domain fills no row."""
         token_tasks = [self._token_tasks(domain) for domain in range(len(self.inputs))]
         self._run("tokenising", run_tokens, token_tasks)
         token_files = [tuple(read_token_file(task.result) for task in tasks) for tasks in token_tasks]
-        width = self.config.sequence_length + 1
         for item, files, scans, selection in zip(self.inputs, token_files, self.scans, self.selections, strict=True):
-            check_filled(item.name, files, concatenate(scans), selection, width)
+            check_filled(item.name, files, concatenate(scans), selection, self._shape.width)
         return token_files
 
     def write_rows(self, token_files: Sequence[tuple[TokenFile, ...]]) -> list[list[tuple[RowFile, ...]]]:
         """The row files by domain and split."""
-        shape = self._shape()
         shard_tasks = [
-            plan_shards(files, split, shape, self.store / item.name, self.building / "rows" / item.name)
+            plan_shards(files, split, self._shape, self.store / item.name, self.building / "rows" / item.name)
             for item, files in zip(self.inputs, token_files, strict=True)
             for split in range(len(SPLITS))
         ]
@@ -131,28 +130,32 @@ class Build:
         signature: str,
     ) -> Manifest:
         """The manifest of the finished store."""
-        tokenizer, shape = load_tokenizer(self.tokenizer_folder), self._shape()
+        tokenizer, shape = load_tokenizer(self.tokenizer_folder), self._shape
         domains = tuple(
             domain_manifest(item, concatenate(scans), selection, files, rows, shape.width)
             for item, scans, selection, files, rows in zip(
                 self.inputs, self.scans, self.selections, token_files, row_files, strict=True
             )
         )
-        identity = tokenizer_hash(self.tokenizer_folder)
         return Manifest(
-            fingerprint=store_fingerprint(domains, shape.width, shape.dtype, identity),
+            fingerprint=store_fingerprint(domains, shape.width, shape.dtype, self._tokenizer_hash),
             sequence_length=self.config.sequence_length,
             dtype=shape.dtype,
             rows_per_file=shape.rows_per_file,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
-            tokenizer_hash=identity,
+            tokenizer_hash=self._tokenizer_hash,
             domains=domains,
             config=self.config.determining(),
             content_key=self.content_key(),
             source_signature=signature,
         )
 
+    @functools.cached_property
+    def _tokenizer_hash(self) -> str:
+        return tokenizer_hash(self.tokenizer_folder)
+
+    @functools.cached_property
     def _shape(self) -> RowShape:
         dtype = load_tokenizer(self.tokenizer_folder).dtype
         return row_shape(self.config.sequence_length, dtype, self.config.shard_bytes)
@@ -170,7 +173,7 @@ class Build:
         return itertools.chain.from_iterable(self.workers.map(read_excerpts, tasks))
 
     def _token_tasks(self, domain: int) -> list[TokenTask]:
-        folder, tokenizer = self.tokenizer_folder, tokenizer_hash(self.tokenizer_folder)
+        folder, tokenizer = self.tokenizer_folder, self._tokenizer_hash
         tasks = []
         for task, scan, split_m in self._by_task(domain, self.selections[domain].split_n):
             needed, left_m = narrow(task, scan, split_m != DROPPED)
@@ -187,7 +190,7 @@ class Build:
     def _run(self, stage: str, function: Callable[[Staged], None], tasks: Iterable[Sequence[Staged]]) -> None:
         """Run the tasks that have no result yet."""
         every = list(itertools.chain.from_iterable(tasks))
-        pending = [task for task in every if not task.result.exists()]
+        pending = [task for task in every if not is_complete(task.result)]
         total = sum(task.work for task in every)
         done = total - sum(task.work for task in pending)
         self.progress(stage, done, total)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mixwright.data_mixing.corpora import DatasetSource, DomainSource
 from mixwright.data_mixing.errors import DataError, nearest
-from mixwright.data_mixing.staging import atomic_file
+from mixwright.data_mixing.staging import Resumable, atomic_file
 from mixwright.data_mixing.units import UNIT_BYTES, Unit
 
 _SHUFFLE_BUFFER = 10_000
@@ -65,7 +65,9 @@ def read_dataset_rows(unit: Unit) -> Iterator[Any]:
         yield from batch[unit.text_field]
 
 
-def spool_stream(dataset: DatasetSource, source: DomainSource, folder: Path, seed: int) -> list[Unit]:
+def spool_stream(
+    dataset: DatasetSource, source: DomainSource, folder: Path, seed: int, unit_bytes: int = UNIT_BYTES
+) -> list[Unit]:
     """Documents of a stream, up to the domain's `max_bytes`, written as JSONL to `folder`; its units.
 
     The stream is read once: a `folder` that exists is complete.
@@ -73,7 +75,7 @@ def spool_stream(dataset: DatasetSource, source: DomainSource, folder: Path, see
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        _write_spool(dataset, source, part, seed)
+        _write_spool(dataset, source, part, seed, unit_bytes)
         part.rename(folder)
     units, first_line = [], 1
     for path in sorted(folder.iterdir()):
@@ -83,12 +85,12 @@ def spool_stream(dataset: DatasetSource, source: DomainSource, folder: Path, see
     return units
 
 
-def _write_spool(dataset: DatasetSource, source: DomainSource, folder: Path, seed: int) -> None:
+def _write_spool(dataset: DatasetSource, source: DomainSource, folder: Path, seed: int, unit_bytes: int) -> None:
     stream = open_dataset(dataset)
     _check_columns(dataset, stream.column_names, source.text_field)
     lines = _take(dataset, _lines(stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), source), source.max_bytes)
     for number in itertools.count():
-        block = list(_take(dataset, lines, UNIT_BYTES))
+        block = list(_take(dataset, lines, unit_bytes))
         if not block:
             return
         # The name carries the number of documents, so that positions of later files are known without reading it.
@@ -104,16 +106,14 @@ def _lines(stream: Any, source: DomainSource) -> Iterator[bytes]:
 
 
 def _take(dataset: DatasetSource, lines: Iterator[bytes], max_bytes: int | None) -> Iterator[bytes]:
-    """Lines until they have `max_bytes` bytes together."""
+    """Lines until they have `max_bytes` bytes together; raises Resumable when the stream fails."""
     taken = 0
     while max_bytes is None or taken < max_bytes:
         try:
             line = next(lines)
         except StopIteration:
             return
-        except DataError:
-            raise
         except Exception as error:  # the network stack below has no common exception
-            raise DataError(f"{describe(dataset)}: stream broke off: {' '.join(str(error).split())}") from None
+            raise Resumable(f"{describe(dataset)}: stream broke off: {' '.join(str(error).split())}") from None
         taken += len(line)
         yield line

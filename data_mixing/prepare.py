@@ -14,10 +14,10 @@ from pathlib import Path
 
 from mixwright.data_mixing.build import Build, Progress
 from mixwright.data_mixing.corpora import CorporaConfig
-from mixwright.data_mixing.errors import DataError, StoreChanged
+from mixwright.data_mixing.errors import DataError
 from mixwright.data_mixing.manifest import MANIFEST, Manifest, write_manifest
 from mixwright.data_mixing.sources import find_inputs, source_signature
-from mixwright.data_mixing.staging import Resumable, atomic_file, clear, exclusive
+from mixwright.data_mixing.staging import Resumable, atomic_file, clear, exclusive, write_error
 from mixwright.data_mixing.store import TokenStore
 from mixwright.data_mixing.workers import Workers
 
@@ -43,23 +43,28 @@ def prepare(config: CorporaConfig, base: Path, *, replace: bool = False, progres
     existing = _finished_store(config, replace)
     building = config.output.with_name(config.output.name + ".building")
     if existing is not None and existing.source_signature == signature:
-        shutil.rmtree(building, ignore_errors=True)
+        if building.exists():
+            with exclusive(building):
+                shutil.rmtree(building)
         return Prepared(existing, made=False)
-    with exclusive(building), Workers(config.num_workers) as workers:
-        _continue_or_begin(building, signature)
-        build = Build(config, inputs, building, workers, progress or _silent)
+    with exclusive(building):
         try:
-            prepared = _run(build, signature, existing)
+            with Workers(config.num_workers) as workers:
+                build = Build(config, inputs, building, workers, progress or _silent)
+                prepared = _run(build, signature, existing)
         except Resumable:
             raise
         except DataError:
             shutil.rmtree(building)  # of no use any more: the input has to change first
             raise
+        except OSError as error:
+            raise write_error(building, error) from None
         shutil.rmtree(building)
     return prepared
 
 
 def _run(build: Build, signature: str, existing: Manifest | None) -> Prepared:
+    _continue_or_begin(build.building, signature)
     build.plan()
     build.choose_documents()
     build.make_tokenizer()
@@ -99,7 +104,7 @@ def _finished_store(config: CorporaConfig, replace: bool) -> Manifest | None:
         return None
     try:
         manifest = TokenStore.open(output).manifest
-    except StoreChanged as error:
+    except DataError as error:
         raise DataError(f"{error} (--replace does that)") from None
     changed = _differences(manifest.config, config.determining())
     if changed:

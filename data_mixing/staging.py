@@ -41,13 +41,19 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise _write_error(path, error) from None
+        raise write_error(path, error) from None
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def _write_error(path: Path, error: OSError) -> DataError:
+def is_complete(path: Path) -> bool:
+    """Whether an atomic file was written. One that was not durable can be empty after a power cut."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def write_error(path: Path, error: OSError) -> DataError:
+    """The one clear line for an error while `path` was written; Resumable when the disk is full."""
     if error.errno in _DISK_FULL:
         reason = _DISK_FULL[error.errno]
         free = shutil.disk_usage(path.parent).free
@@ -74,7 +80,7 @@ def _locked(folder: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise _write_error(path, error) from None
+            raise write_error(path, error) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

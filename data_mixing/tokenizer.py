@@ -22,6 +22,7 @@ from mixwright.data_mixing.errors import DataError, nearest
 from mixwright.data_mixing.staging import atomic_file
 
 EOS_TOKEN = "<|endoftext|>"
+MAX_PIECE_CHARS = 1 << 20
 _ENOUGH_FOR_UINT16 = 1 << 16
 
 
@@ -39,9 +40,28 @@ class TextTokenizer:
         return "uint16" if self.vocab_size <= _ENOUGH_FOR_UINT16 else "uint32"
 
     def encode_documents(self, texts: Sequence[str]) -> NDArray[Any]:
-        """Tokens of all texts, each followed by the end-of-document id; dtype uint16 or uint32 [n]."""
-        joined = [token for ids in self.encode_batch(texts) for token in (*ids, self.eos_id)]
+        """Tokens of all texts, each followed by the end-of-document id; dtype uint16 or uint32 [n].
+
+        A text of more than MAX_PIECE_CHARS is encoded in pieces, which bounds the memory that this takes.
+        """
+        pieces = [cut_text(text) for text in texts]
+        encoded = iter(self.encode_batch([piece for parts in pieces for piece in parts]))
+        joined: list[int] = []
+        for parts in pieces:
+            for _ in parts:
+                joined += next(encoded)
+            joined.append(self.eos_id)
         return np.array(joined, self.dtype)
+
+
+def cut_text(text: str) -> list[str]:
+    """`text` in pieces of at most MAX_PIECE_CHARS, cut after the last line end in reach or else anywhere."""
+    pieces, start = [], 0
+    while len(text) - start > MAX_PIECE_CHARS:
+        stop = text.rfind("\n", start, start + MAX_PIECE_CHARS) + 1 or start + MAX_PIECE_CHARS
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

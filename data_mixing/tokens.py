@@ -62,7 +62,7 @@ def run_tokens(token_task: TokenTask) -> None:
     for split_index, texts in _batches(token_task):
         blocks[split_index].append(tokenizer.encode_documents(texts))
     num_tokens = [sum(map(len, blocks[index])) for index in range(len(SPLITS))]
-    with atomic_file(token_task.result.with_suffix(".bin")) as file:
+    with atomic_file(token_task.result.with_suffix(".bin"), durable=True) as file:
         for index in range(len(SPLITS)):
             file.writelines(block.data for block in blocks[index])
     with atomic_file(token_task.result) as file:

@@ -23,6 +23,7 @@ from mixwright.data_mixing.manifest import (
     write_manifest,
 )
 from mixwright.data_mixing.row_files import probe, write_rows
+from mixwright.data_mixing.selection import Scan, identity_of, rank_of
 from mixwright.data_mixing.summary import domain_fingerprint, store_fingerprint
 from mixwright.data_mixing.tokenizer import save_trained, tokenizer_hash, train_tokenizer
 
@@ -34,6 +35,20 @@ def sentences(seed: int, count: int, num_words: int = 40) -> list[str]:
     """`count` different documents of random words."""
     chance = random.Random(seed)
     return [f"{seed}-{i} " + " ".join(chance.choices(WORDS, k=num_words)) for i in range(count)]
+
+
+def scan_of(texts: list[str], seed: int = 0) -> Scan:
+    """What the first pass finds in `texts`, all in one unit."""
+    identities = [identity_of(text.encode()) for text in texts]
+    return Scan(
+        identity_n2=np.frombuffer(b"".join(identities), "<u8").reshape(-1, 2),
+        rank_n=np.array([rank_of(identity, seed) for identity in identities], np.uint64),
+        num_bytes_n=np.array([len(text.encode()) for text in texts], np.int64),
+        per_unit=np.array([len(texts)]),
+        num_short=0,
+        num_bad=0,
+        bad=(),
+    )
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:

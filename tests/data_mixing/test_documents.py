@@ -16,6 +16,7 @@ from mixwright.data_mixing.corpora import DatasetSource, DomainSource
 from mixwright.data_mixing.documents import BadDocument, read_unit
 from mixwright.data_mixing.errors import DataError
 from mixwright.data_mixing.hub import dataset_units, spool_stream
+from mixwright.data_mixing.staging import Resumable
 from mixwright.data_mixing.units import file_units
 from tests.data_mixing.corpora_for_tests import sentences, write_jsonl
 
@@ -267,11 +268,26 @@ def test_a_stream_is_spooled_in_a_seeded_order_up_to_max_bytes(tmp_path: Path) -
 
 
 def test_a_bad_record_of_a_stream_is_named_by_its_place_in_the_stream(tmp_path: Path) -> None:
-    Path(tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "c"}\n')
+    records = [{"text": text} for text in sentences(7, 30)]
+    records[11] = {"text": None}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     dataset = DatasetSource(path=str(tmp_path / "data"), streaming=True)
-    units = spool_stream(dataset, DomainSource(dataset=dataset), tmp_path / "spool", 0)
-    bad = [str(d) for unit in units for d in read_unit(unit) if isinstance(d, BadDocument)]
-    assert len(bad) == 1
-    assert bad[0].startswith(f"dataset '{tmp_path}/data' split 'train':")
-    assert bad[0].endswith("field 'text' is NoneType, expected a string")
+    units = spool_stream(dataset, DomainSource(dataset=dataset), tmp_path / "spool", 0, unit_bytes=1000)
+    per_unit = [len(list(read_unit(unit))) for unit in units]
+    assert len(units) > 5
+    assert sum(per_unit) == 30
+    assert [unit.first_line for unit in units] == [1 + sum(per_unit[:i]) for i in range(len(units))]
+    found = [document for unit in units for document in read_unit(unit)]
+    (place,) = [i for i, document in enumerate(found, 1) if isinstance(document, BadDocument)]
+    expected = f"dataset '{tmp_path}/data' split 'train':{place}: field 'text' is NoneType, expected a string"
+    assert str(found[place - 1]) == expected
+
+
+def test_a_stream_that_breaks_off_can_be_continued_and_leaves_no_spool(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "data" / "train-0.jsonl", sentences(7, 300))
+    written_raw(tmp_path / "data" / "train-1.jsonl.gz", gzip.compress(first.read_bytes())[:-1000])
+    dataset = DatasetSource(path=str(tmp_path / "data"), streaming=True)
+    with pytest.raises(Resumable, match=r"dataset '.*' split 'train': stream broke off: "):
+        spool_stream(dataset, DomainSource(dataset=dataset), tmp_path / "spool", 0)
+    assert not (tmp_path / "spool").exists()

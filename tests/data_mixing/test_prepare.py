@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from mixwright.data_mixing.corpora import CorporaConfig
 from mixwright.data_mixing.domain import Cap
 from mixwright.data_mixing.errors import DataError, StoreChanged
 from mixwright.data_mixing.manifest import SPLITS
 from mixwright.data_mixing.prepare import prepare
+from mixwright.data_mixing.row_files import open_rows
+from mixwright.data_mixing.scan import Task, narrow
+from mixwright.data_mixing.shards import RowShape, plan_shards, run_shard
 from mixwright.data_mixing.store import TokenStore
-from mixwright.data_mixing.tokenizer import load_tokenizer
+from mixwright.data_mixing.tokenizer import load_tokenizer, train_tokenizer
+from mixwright.data_mixing.tokens import TokenFile
+from mixwright.data_mixing.units import Unit
 from mixwright.data_mixing.verify import verify
-from tests.data_mixing.corpora_for_tests import corpora_config, files_of, sentences, two_domains, write_jsonl
+from tests.data_mixing.corpora_for_tests import (
+    corpora_config,
+    files_of,
+    random_rows,
+    scan_of,
+    sentences,
+    two_domains,
+    write_jsonl,
+    write_store,
+)
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "corpus"
 
@@ -179,6 +195,59 @@ def test_an_own_tokenizer_is_copied_into_the_store(tmp_path: Path) -> None:
     assert second.fingerprint == first.fingerprint
 
 
+def test_the_tokenizer_is_trained_on_an_equal_share_of_each_domains_training_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"a": sentences(1, 300), "b": sentences(2, 40)}
+    domains = {name: {"paths": [str(write_jsonl(tmp_path / f"{name}.jsonl", texts[name]))]} for name in texts}
+    seen: list[str] = []
+
+    def train_and_tell(excerpts: list[str], vocab_size: int) -> Tokenizer:
+        seen.extend(excerpts)
+        return train_tokenizer(excerpts, vocab_size)
+
+    monkeypatch.setattr("mixwright.data_mixing.build.train_tokenizer", train_and_tell)
+    tokenizer = {"train": {"vocab_size": 300, "max_bytes": 8_000}}
+    made(corpora_config(tmp_path / "s", domains, tokenizer=tokenizer), tmp_path)
+    for name, digit in (("a", "1"), ("b", "2")):
+        mine = [text for text in seen if text.startswith(f"{digit}-")]
+        assert 3_990 < sum(len(text.encode()) for text in mine) <= 4_000
+        whole = [text for text in texts[name] if text in mine]
+        assert len(whole) == len(mine) - 1, "only the last by rank is cut"
+        assert {split_of(text, 0.15, 0.15) for text in whole} == {"train"}
+
+
+def test_units_without_a_wanted_document_are_not_read_again(tmp_path: Path) -> None:
+    units = tuple(Unit(tmp_path / str(i), "text", "text", 1) for i in range(5))
+    scan = replace(scan_of(sentences(1, 7)), per_unit=np.array([1, 0, 3, 2, 1]))
+    wanted_n = np.array([0, 0, 1, 0, 0, 0, 1], bool)
+    task, left_n = narrow(Task(0, "a", units, 1), scan, wanted_n)
+    assert task.units == (units[2], units[4])
+    assert left_n.tolist() == [False, True, True, True, False, False, True]
+
+
+def test_a_shard_of_many_record_batches_holds_its_rows_in_order(tmp_path: Path) -> None:
+    tokens_n = np.arange(500, dtype=np.uint16)
+    files = []
+    for i, (first, stop) in enumerate([(0, 130), (130, 130), (130, 133), (133, 500)]):
+        path = tmp_path / f"{i}.bin"
+        np.concatenate([np.full(i, 9, np.uint16), tokens_n[first:stop]]).tofile(path)
+        files.append(TokenFile(path, "uint16", (i, stop - first, 0)))
+    shape = RowShape(width=7, dtype="uint16", rows_per_batch=4, rows_per_file=20)
+    tasks = plan_shards(tuple(files), 1, shape, tmp_path / "rows", tmp_path / "results")
+    assert [(task.first_row, task.num_rows, task.path.name) for task in tasks] == [
+        (0, 20, "validation-00000.arrow"), (20, 20, "validation-00001.arrow"), (40, 20, "validation-00002.arrow"),
+        (60, 11, "validation-00003.arrow"),
+    ]  # fmt: skip
+    for task in tasks:
+        run_shard(task)
+        view = open_rows(task.path, 7, "uint16", task.num_rows)
+        assert view.strided is not None
+        assert view.strided.shape[1] == 4
+        expected = tokens_n[task.first_row * 7 :][: task.num_rows * 7].reshape(-1, 7)
+        assert np.array_equal(view.take(np.arange(task.num_rows)), expected)
+
+
 def test_progress_of_every_stage_ends_at_its_total(tmp_path: Path) -> None:
     calls: dict[str, list[tuple[int, int]]] = {}
     config = corpora_config(tmp_path / "s", two_domains(tmp_path))
@@ -250,9 +319,9 @@ def test_a_damaged_store_is_refused_until_asked_to_replace(tmp_path: Path) -> No
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.txt").write_text("precious")
-    for replace in (False, True):
+    for force in (False, True):
         with pytest.raises(DataError, match="/s: exists and is not a token store; choose another output"):
-            prepare(corpora_config(tmp_path / "s", two_domains(tmp_path)), tmp_path, replace=replace)
+            prepare(corpora_config(tmp_path / "s", two_domains(tmp_path)), tmp_path, replace=force)
     assert files_of(tmp_path / "s") == {"thesis.txt": b"precious"}
 
 
@@ -337,6 +406,14 @@ def test_verify_finds_an_exchanged_tokenizer_and_an_edited_manifest(tmp_path: Pa
     changed = [check.what for check in verify(TokenStore(store.folder, manifest)) if check.problem]
     assert changed[:2] == ["tokenizer", "manifest"]
     assert "a/train-00000.arrow" in changed
+
+
+def test_verify_finds_tokens_outside_the_vocabulary(tmp_path: Path) -> None:
+    rows = random_rows(1, {"a": 5})
+    rows["a"]["test"][3, 2] = 312
+    store = TokenStore.open(write_store(tmp_path / "s", rows))
+    problems = {check.what: check.problem for check in verify(store) if check.problem}
+    assert problems == {"a/test-00000.arrow": "token 312 is outside the vocabulary of 300"}
 
 
 # --- real text -------------------------------------------------------------------------------------------------

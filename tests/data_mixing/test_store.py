@@ -192,14 +192,32 @@ def test_a_store_that_is_replaced_while_open_is_read_to_the_end_from_the_old_fil
     assert np.array_equal(store.rows("code", "train", 0, 8), ROWS["code"]["train"])
 
 
-def test_numbers_of_rows_that_contradict_each_other_never_reach_the_memory_map(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows_per_file", "num_rows", "message"),
+    [
+        (8, 1_000_000, r"domain 'wiki' has 1000000 train rows in files of \[8, 8, 8, 6\], expected files of 8 rows"),
+        (9, 30, r"in files of \[8, 8, 8, 6\], expected files of 9 rows and a last one of the rest"),
+        (5, 30, r"in files of \[8, 8, 8, 6\], expected files of 5 rows and a last one of the rest"),
+    ],
+)
+def test_numbers_of_rows_that_contradict_each_other_never_reach_the_memory_map(
+    folder: Path, rows_per_file: int, num_rows: int, message: str
+) -> None:
     manifest = read_manifest(folder)
     wiki = manifest.domains[0]
-    more = wiki.splits["train"].model_copy(update={"num_rows": 1_000_000})
-    changed = wiki.model_copy(update={"splits": {**wiki.splits, "train": more}})
-    write_manifest(folder, manifest.model_copy(update={"domains": (changed, *manifest.domains[1:])}))
-    with pytest.raises(StoreChanged, match=r"domain 'wiki' has 1000000 train rows in files of \[8, 8, 8, 6\]"):
-        TokenStore.open(folder).rows("wiki", "train", 999_999, 1)
+    train = wiki.splits["train"].model_copy(update={"num_rows": num_rows})
+    changed = wiki.model_copy(update={"splits": {**wiki.splits, "train": train}})
+    domains = (changed, *manifest.domains[1:])
+    write_manifest(folder, manifest.model_copy(update={"domains": domains, "rows_per_file": rows_per_file}))
+    with pytest.raises(StoreChanged, match=message):
+        TokenStore.open(folder).rows("wiki", "train", num_rows - 1, 1)
+
+
+def test_a_last_file_that_is_too_long_never_reaches_the_memory_map(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    without_wiki = {"rows_per_file": 7, "domains": manifest.domains[1:]}
+    with pytest.raises(StoreChanged, match=r"domain 'code' has 8 train rows in files of \[8\]"):
+        TokenStore(folder, manifest.model_copy(update=without_wiki)).num_rows("code")
 
 
 def test_a_file_with_other_columns_or_fewer_rows_is_refused(tmp_path: Path) -> None:

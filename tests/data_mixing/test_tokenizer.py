@@ -16,6 +16,8 @@ from mixwright.data_mixing.corpora import TokenizerSource
 from mixwright.data_mixing.errors import DataError
 from mixwright.data_mixing.tokenizer import (
     EOS_TOKEN,
+    MAX_PIECE_CHARS,
+    cut_text,
     load_tokenizer,
     save_existing,
     save_trained,
@@ -49,6 +51,22 @@ def test_the_end_of_text_id_occurs_only_where_a_document_ends(trained: Path) -> 
     assert len(ends) == 3
     starts = [0, *(ends[:-1] + 1)]
     assert [tokenizer.decode(tokens_n[a:b].tolist()) for a, b in zip(starts, ends, strict=True)] == texts
+
+
+def test_a_very_long_text_is_encoded_in_pieces_that_end_with_lines(trained: Path) -> None:
+    tokenizer = load_tokenizer(trained)
+    line = "the river sings under the stone\n"
+    text = line * (5 * MAX_PIECE_CHARS // (2 * len(line))) + "x" * (MAX_PIECE_CHARS + 5)
+    pieces = cut_text(text)
+    assert "".join(pieces) == text
+    assert [len(piece) <= MAX_PIECE_CHARS for piece in pieces] == [True] * 5
+    assert [piece.endswith("stone\n") for piece in pieces] == [True, True, True, False, False]
+    assert cut_text("") == [""]
+    short = line * 100
+    tokens_n = tokenizer.encode_documents([short, text, short])
+    ends = np.flatnonzero(tokens_n == tokenizer.eos_id)
+    assert len(ends) == 3
+    assert tokenizer.decode(tokens_n[ends[0] + 1 : ends[1]].tolist()) == text
 
 
 def test_training_twice_gives_the_same_tokenizer(trained: Path, tmp_path: Path) -> None:
