@@ -310,6 +310,23 @@ def test_kill_9_of_host_and_of_gcs_leave_a_clear_error_and_a_run_that_can_be_ser
     assert not folder_of(record).exists()
 
 
+@pytest.mark.slow
+def test_kill_9_of_the_raylet_costs_the_caller_its_time_limit_and_down_clears_up(
+    private: Served, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(json.dumps(CODE))
+    child_of(private.record.pid, "raylet/raylet").kill()
+    started = time.monotonic()
+    done = mix("submit", str(policy), "--run", str(private.run_dir), "--timeout", "8")
+    assert time.monotonic() - started < 15
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert done.stderr.startswith("error: submit: ")
+    assert mix("down", "--run", str(private.run_dir)).returncode == 0
+    assert not has_host(private.run_dir)
+    assert not folder_of(private.record).exists()
+
+
 def test_a_cluster_that_others_started_is_used_with_its_token(with_token: Cluster, tmp_path: Path) -> None:
     run_dir = new_run(tmp_path, "attached")
     assert mix("up", "--run", str(run_dir), "--address", with_token.address).returncode == 0
