@@ -59,7 +59,7 @@ def _start_pool(num_workers: int) -> tuple[ProcessPoolExecutor, Connection]:
     """The pool, and a connection whose closing ends its processes."""
     # Neither fork (tokenizers and pyarrow run threads) nor spawn (imports everything once per worker).
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mixwright.data_mixing.build"])
+    context.set_forkserver_preload(["mixwright.data_mixing.build", "datasets.arrow_writer"])
     watched, alive = context.Pipe(duplex=False)
     return ProcessPoolExecutor(num_workers, context, _begin_worker, (watched,)), alive
 

@@ -99,7 +99,7 @@ def print_stats(manifest: Manifest) -> None:
     title = f"{manifest.sequence_length + 1} tokens per row, vocabulary {manifest.vocab_size:,}"
     table = Table(title=title, title_justify="left")
     table.add_column("domain")
-    for column in ("documents", "tokens", "bytes/token", "train rows", "validation", "test"):
+    for column in ("documents", "tokens", "B/token", "train rows", "validation", "test"):
         table.add_column(column, justify="right")
     for domain in manifest.domains:
         table.add_row(*_stats_row(domain))
