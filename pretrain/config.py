@@ -147,7 +147,7 @@ class MixingConfig(StrictModel):
 
 
 class EvaluationConfig(StrictModel):
-    """Per-domain cross-entropy on the first `rows_per_domain` held-out rows, every `every` steps (0: never)."""
+    """Per-domain cross-entropy on `rows_per_domain` fixed held-out rows, every `every` steps (0: never)."""
 
     every: int = Field(default=0, ge=0)
     rows_per_domain: Positive = 32

@@ -19,7 +19,10 @@ from mixwright.pretrain.ranks import Ranks
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The first rows of every domain's `split`, at most `rows_per_domain`; tokens [n, T+1], domains [n]."""
+    """At most `rows_per_domain` rows of every domain's `split`; tokens [n, T+1], domains [n].
+
+    Always the same rows, spread evenly over the split: its first rows may all be of one long document.
+    """
 
     split: str
     tokens_nS: np.ndarray
@@ -29,9 +32,12 @@ class HeldOut:
     def read(cls, store: TokenStore, genesis: Genesis, split: str, rows_per_domain: int) -> HeldOut:
         tokens, domains = [], []
         for index, domain in enumerate(genesis.domains):
-            rows = store.rows(domain.name, split, 0, min(rows_per_domain, store.num_rows(domain.name, split)))
+            num_rows = store.num_rows(domain.name, split)
+            count = min(rows_per_domain, num_rows)
+            row_n = np.arange(count) * num_rows // max(count, 1)
+            rows = store.gather(np.full(count, store.index(domain.name)), row_n, split)
             tokens.append(np.asarray(rows, dtype=np.int64))
-            domains.append(np.full(len(rows), index, dtype=np.int64))
+            domains.append(np.full(count, index, dtype=np.int64))
         return cls(split, np.concatenate(tokens), np.concatenate(domains))
 
 
