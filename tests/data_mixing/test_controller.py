@@ -64,6 +64,14 @@ def test_garbage_is_rejected_and_recorded(trainer: TrainerSide, document: Any) -
     assert trainer.types()[-1] == "REJECT"
 
 
+def test_the_record_of_a_refusal_shows_what_json_cannot_hold(trainer: TrainerSide) -> None:
+    with pytest.raises(PolicyRejected):
+        controller_of(trainer).submit({"kind": "static", "mixture": {"code": float("nan")}})
+    body = Journal(trainer.run_dir / "journal", "reader").poll()[-1].body
+    assert isinstance(body, Reject)
+    assert body.document == "{'kind': 'static', 'mixture': {'code': nan}}"
+
+
 def test_a_request_that_is_sent_twice_is_journaled_once(trainer: TrainerSide) -> None:
     controller = controller_of(trainer)
     assert controller.submit(CODE, "r1") == controller.submit(CODE, "r1")
@@ -120,11 +128,16 @@ def test_status_is_what_the_journal_tells(trainer: TrainerSide) -> None:
     lsn = controller.submit(CODE)["lsn"]
     trainer.commit(lsn, 20)
     waiting = controller.submit(CODE | {"at_step": 500})["lsn"]
+    committed = controller.submit(CODE | {"at_step": 90})["lsn"]
+    trainer.commit(committed, 90)
     trainer.report(last_step=29)
     status = controller.status()
     assert (status["state"], status["next_step"]) == ("running", 30)
     assert (status["policy"]["lsn"], status["policy"]["effective_step"]) == (lsn, 20)
-    assert [(policy["lsn"], policy["at_step"]) for policy in status["pending"]] == [(waiting, 500)]
+    assert [(policy["lsn"], policy["at_step"], policy["effective_step"]) for policy in status["pending"]] == [
+        (committed, 90, 90),
+        (waiting, 500, None),
+    ]
     code, wiki = status["domains"][:2]
     assert (code["proportion"], wiki["proportion"], code["loss"], wiki["loss"]) == (1.0, 0.0, 2.5, None)
     assert sum(domain["num_tokens"] for domain in status["domains"]) == 30 * 8 * 64

@@ -68,9 +68,9 @@ def test_exhaustions_are_found_however_long_the_program_is() -> None:
     ramp = {"kind": "schedule", "caps": {"web-a": {"max_epochs": 4}},
             "points": [{"step": 0, "mixture": {"*": 1}},
                        {"step": 500, "mixture": {"code": 3, "web-*": 1}, "ramp": "linear"}]}  # fmt: skip
-    commits = committed(run, (0, ramp))
+    commits = committed(run, (0, {"kind": "temperature", "temperature": 1}), (8, ramp))
     expected = [event.step for event in Plan(run, commits).exhaustion()]
-    found = [d.exhaustion.step for d in forecast(run, commits, 0, 1000).domains if d.exhaustion]
+    found = [d.exhaustion.step for d in forecast(run, commits, 8, 1000).domains if d.exhaustion]
     assert found == expected != []
 
 

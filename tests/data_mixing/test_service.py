@@ -126,6 +126,15 @@ def test_a_service_that_cannot_be_started_fails_without_raising(tmp_path: Path) 
     service.stop()
 
 
+def test_a_broken_record_fails_the_service_and_not_the_trainer(tmp_path: Path) -> None:
+    service = ServiceProcess(tmp_path, ["sleep", "60"], is_watched=True)
+    assert service.poll().state == "starting"
+    (tmp_path / RECORD).write_text("{")
+    assert service.poll().state == "failed"
+    assert "service.json: cannot be read" in service.poll().message
+    service.stop()
+
+
 def test_waiting_for_a_service_ends_in_time(tmp_path: Path) -> None:
     service = ServiceProcess(tmp_path, ["sleep", "60"], is_watched=True)
     started = time.monotonic()
