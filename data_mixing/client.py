@@ -7,6 +7,7 @@ broken cluster cannot abort, stall or end the caller (see `mixwright.data_mixing
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import signal
@@ -26,8 +27,11 @@ from mixwright.data_mixing.journal import read_entries
 from mixwright.data_mixing.policy import plain_mapping, read_text
 from mixwright.data_mixing.service import POLL_INTERVAL_S, ServiceRecord, has_host, read_record, service_status
 
+logger = logging.getLogger(__name__)
+
 CALL_MODULE = "mixwright.launch.mixing_call"
 DEFAULT_TIMEOUT_S = 30.0
+STILL_WAITING_S = 10.0
 
 
 class MixingClient:
@@ -138,7 +142,7 @@ def _in_own_process(request: Mapping[str, Any], timeout_s: float) -> Answer:
         start_new_session=True,
     )
     try:
-        output, log = process.communicate(json.dumps(request), timeout=timeout_s)
+        output, log = _communicate(process, json.dumps(request), timeout_s)
     except subprocess.TimeoutExpired:
         raise ServiceUnavailable(
             f"{request['verb']}: no answer from the controller at {request['address']} within "
@@ -154,6 +158,17 @@ def _in_own_process(request: Mapping[str, Any], timeout_s: float) -> Answer:
             f"{request['verb']}: the call to {request['address']} ended with code {process.returncode}: {last[:300]}"
         ) from None
     return answer
+
+
+def _communicate(process: subprocess.Popen[str], request: str, timeout_s: float) -> tuple[str, str]:
+    """Both outputs of the call process; says so when it takes long. Raises TimeoutExpired."""
+    try:
+        return process.communicate(request, timeout=min(timeout_s, STILL_WAITING_S))
+    except subprocess.TimeoutExpired:
+        if timeout_s <= STILL_WAITING_S:
+            raise
+    logger.warning("still waiting for the controller's answer (limit %g s)", timeout_s)
+    return process.communicate(timeout=timeout_s - STILL_WAITING_S)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

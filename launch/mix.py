@@ -58,7 +58,11 @@ def up(
     if end is not None:
         raise ConfigError(f"{run_dir}: the run is {end.reason} after step {end.step}; it takes no more policies")
     wait_for_end(run_dir, timeout)
-    status = start_service(run_dir, address=address, watch_pid=None).wait(timeout)
+    service = start_service(run_dir, address=address, watch_pid=None)
+    status = service.wait(min(timeout, STILL_WAITING_S))
+    if status.state == "starting" and timeout > STILL_WAITING_S:
+        typer.echo(f"{status.message}; waiting up to {timeout:g} s", err=True)
+        status = service.wait(timeout - STILL_WAITING_S)
     if status.state != "ready":
         raise ServiceUnavailable(status.message)
     record = read_record(run_dir)

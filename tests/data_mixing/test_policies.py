@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
+from mixwright.data_mixing import policies
 from mixwright.data_mixing.entries import PROPORTION_TOTAL, PolicyEntry
 from mixwright.data_mixing.errors import PolicyRejected
 from mixwright.data_mixing.plan import CommittedPolicy, Plan
 from mixwright.data_mixing.policies.schedule import MAX_RAMP_SEGMENTS
-from mixwright.data_mixing.policy import accept
+from mixwright.data_mixing.policy import accept, policy_kinds
 from tests.data_mixing.run_cases import SIZES, genesis
 
 NAMES = list(SIZES)
@@ -183,7 +184,20 @@ def test_a_schedule_may_end_its_last_ramp_with_the_run() -> None:
     assert mixture_at(entry, 999)["wiki"] > 0.98
 
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+
+def test_the_policy_that_the_guide_adds_works_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (ROOT / "docs" / "mixing.md").read_text().partition("## Adding a policy")[2]
+    code = [line.removeprefix("    ") for line in guide.splitlines() if line.startswith("    ") or not line]
+    (tmp_path / "two_thirds.py").write_text("\n".join(code))
+    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
+    assert "two_thirds" in policy_kinds()
+    entry = compiled({"kind": "two_thirds", "first": "code"})
+    assert mixture_at(entry, 0)["code"] == pytest.approx(2 / 3, abs=TOLERANCE)
+    with pytest.raises(PolicyRejected, match="firts: unknown key; did you mean 'first'"):
+        compiled({"kind": "two_thirds", "first": "code", "firts": 1})
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "policies").glob("*.yaml")), ids=lambda path: path.name)
