@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -83,6 +84,19 @@ def test_a_plan_that_grows_commit_by_commit_is_the_plan_of_all_commits(whole_run
     assert growing.commits == complete.commits
 
 
+def test_a_commit_in_the_middle_of_a_program_that_was_read_ahead_of_it_holds_at_once() -> None:
+    """States beyond the effective step, which were derived before the commit was known, are no longer true."""
+    run = genesis([100, 200, 300])
+    ramp = policy(*(segment(step, [step + 1, 50, 100 - step]) for step in range(100)))
+    read_ahead = plan(run, (0, ramp))
+    for step in range(100):
+        read_ahead.rows(step)
+    late = CommittedPolicy(40, 2, policy([5, 1, 1]))
+    fresh = Plan(run, (*read_ahead.commits, late))
+    extended = read_ahead.extended(late)
+    assert [extended.digest(step) for step in range(99, 30, -1)] == [fresh.digest(step) for step in range(99, 30, -1)]
+
+
 def test_extending_derives_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from mixwright.data_mixing.timeline import Timeline
 
@@ -100,10 +114,15 @@ def test_extending_derives_nothing_again(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_threads_that_share_a_plan_read_the_same_batches(whole_run: list) -> None:
-    shared = changing_plan()
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        steps = list(np.random.default_rng(0).permutation(NUM_STEPS))
-        assert list(pool.map(lambda step: ordered(shared.rows(int(step))), steps)) == [whole_run[s] for s in steps]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        shared = changing_plan()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            steps = [int(step) for step in np.random.default_rng(0).permutation(NUM_STEPS)] * 3
+            assert list(pool.map(lambda step: ordered(shared.rows(step)), steps)) == [whole_run[step] for step in steps]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_plan_can_be_pickled(whole_run: list) -> None:
@@ -343,6 +362,7 @@ def test_a_thousand_segments_are_kept_in_bounded_memory(monkeypatch: pytest.Monk
     reader = plan(run, (0, ramp))
     forwards = [reader.digest(step) for step in range(1000)]
     assert len(reader._timeline._known) <= 65
+    assert len(reader._timeline._recent) <= 32
     assert [reader.digest(step) for step in (999, 500, 501, 3)] == [forwards[step] for step in (999, 500, 501, 3)]
 
 
