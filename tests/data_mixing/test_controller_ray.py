@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -124,14 +127,15 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tempfile.mkdtemp(prefix="mw-", dir="/tmp")  # Ray's socket paths allow for a short one only
     token_path = tmp_path_factory.mktemp("cluster") / "token"
     token_path.write_text(secrets.token_hex(32))
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
-               "--include-dashboard=false", "--disable-usage-stats"]  # fmt: skip
-    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path), "RAY_TMPDIR": "/tmp"}
+               "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]  # fmt: skip
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path)}
     process = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True)
     address = ""
     assert process.stdout is not None
@@ -144,8 +148,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     process.terminate()
     process.communicate(timeout=30)
     for descendant in descendants:
-        if descendant.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             descendant.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
