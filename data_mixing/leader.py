@@ -125,6 +125,8 @@ class Leader:
 
     def _commit_due(self) -> None:
         for lsn, policy in self._history.pending():
+            if (lsn, policy) not in self._history.pending():  # cancelled while one before it was committed
+                continue
             with self._state:
                 effective_step = self._effective_step(policy)
                 if effective_step is None:
@@ -146,11 +148,13 @@ class Leader:
         return None if wanted > soonest + REACH_STEPS else max(wanted, soonest)
 
     def _commit(self, lsn: int, policy: PolicyEntry, effective_step: int) -> None:
+        """Commit, unless somebody wrote in between (a CANCEL of this policy, maybe): then the next look decides."""
         commit = commit_body(self._history, lsn, policy, effective_step)
-        entry = self._journal.append(commit)
+        entry = self._journal.append_after(self._history.last_lsn, commit)
         self._read_new()
-        self._announced_lsn = entry.lsn
-        logger.info("policy %d is committed: effective from step %d", lsn, effective_step)
+        if entry is not None:
+            self._announced_lsn = entry.lsn
+            logger.info("policy %d is committed: effective from step %d", lsn, effective_step)
 
 
 def commit_body(history: RunHistory, lsn: int, policy: PolicyEntry, effective_step: int) -> Commit:

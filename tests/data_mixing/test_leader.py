@@ -101,6 +101,26 @@ def test_a_cancelled_policy_and_a_shadow_are_never_committed(tmp_path: Path) -> 
     assert len(commits(tmp_path)) == 1
 
 
+def test_a_policy_cancelled_at_the_last_moment_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CANCEL gets the entry number that the COMMIT was about to take."""
+    journal, leader = begin(tmp_path)
+    lsn = propose(tmp_path, policy())
+    append_after = journal.append_after
+
+    def overtaken(last_lsn: int, body: EntryBody) -> Entry | None:
+        monkeypatch.setattr(journal, "append_after", append_after)
+        propose(tmp_path, Cancel(policy_lsn=lsn))
+        return append_after(last_lsn, body)
+
+    monkeypatch.setattr(journal, "append_after", overtaken)
+    with leader:
+        time.sleep(0.6)
+    assert len(commits(tmp_path)) == 1
+    verify(tmp_path)
+
+
 def test_two_policies_are_committed_in_order_and_never_backwards(tmp_path: Path) -> None:
     _, leader = begin(tmp_path)
     first, second = propose(tmp_path, policy(at_step=60)), propose(tmp_path, policy())
@@ -114,13 +134,13 @@ def test_training_waits_at_the_edge_of_a_commit_that_is_being_written(
 ) -> None:
     """The journal's disk is slow; no step may pass the point where the commit can still be announced in time."""
     journal, leader = begin(tmp_path)
-    append, released = journal.append, threading.Event()
+    append_after, released = journal.append_after, threading.Event()
 
-    def slow_append(body: EntryBody) -> Entry:
+    def slow_append(lsn: int, body: EntryBody) -> Entry | None:
         released.wait(10)
-        return append(body)
+        return append_after(lsn, body)
 
-    monkeypatch.setattr(journal, "append", slow_append)
+    monkeypatch.setattr(journal, "append_after", slow_append)
     with leader:
         propose(tmp_path, policy())
         while leader._writing_effective_step is None:
