@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import JournalError, StoreChanged
-from mixwright.data_mixing.history import RunHistory
-from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.plan import Plan, rank_positions, rows_digest
+from mixwright.data_mixing.snapshot import resume
 from mixwright.data_mixing.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -54,9 +53,7 @@ class Feeder:
         start_step: int,
         prefetch_steps: int,
     ) -> None:
-        self._journal = Journal(journal_folder, writer=f"rank-{rank}")
-        self._history = RunHistory()
-        self._read_journal()
+        self._journal, self._history = resume(journal_folder, f"rank-{rank}")
         self.genesis: Genesis = self._history.genesis
         self._store = store
         self._store_index = store_order(self.genesis, store)

@@ -15,6 +15,7 @@ from mixwright.data_mixing.entries import Commit, EntryBody, Genesis, Lease, Pol
 from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
 from mixwright.data_mixing.history import CommittedPolicy, RunHistory
 from mixwright.data_mixing.journal import Journal
+from mixwright.data_mixing.snapshot import write_when_due
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +121,11 @@ class Leader:
             self._outbox.get_nowait()
 
     def _read_new(self) -> None:
-        for entry in self._journal.poll():
+        entries = self._journal.poll()
+        for entry in entries:
             self._history.apply(entry)
+        if entries:
+            write_when_due(self._journal.folder, self._history)
 
     def _commit_due(self) -> None:
         for lsn, policy in self._history.pending():
@@ -163,14 +167,16 @@ def commit_body(history: RunHistory, lsn: int, policy: PolicyEntry, effective_st
     return Commit(policy_lsn=lsn, effective_step=effective_step, plan_digest=plan.state_digest(effective_step))
 
 
-def open_run(journal: Journal, genesis: Genesis, first_policy: PolicyEntry) -> tuple[RunHistory, Lease]:
+def open_run(
+    journal: Journal, genesis: Genesis, first_policy: PolicyEntry, history: RunHistory | None = None
+) -> tuple[RunHistory, Lease]:
     """Start or continue a run as its trainer: the first entries exist, the trainer's lease is ours.
 
+    `history` is what `journal` has told already (`snapshot.resume`); None for a journal that was not read yet.
     Raises StoreChanged or JournalError when the journal was begun with other settings.
     """
-    history = RunHistory()
-    for entry in journal.poll():
-        history.apply(entry)
+    history = history or RunHistory()
+    _catch_up(journal, history)
     if not history.has_genesis:
         journal.append(genesis)
         _catch_up(journal, history)

@@ -182,6 +182,9 @@ def convert_to_universal(source: Path, target: Path) -> None:
     """Convert sharded optimizer states to one file per parameter, readable on any number of ranks."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
+    # Each worker imports DeepSpeed anew, which costs more than it saves unless there are many cores.
+    workers = str(max((os.cpu_count() or 1) // 4, 1))
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
     # A process of its own: the converter prints at length and expects to start worker processes.
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from mixwright.data_mixing.history import RunHistory
-from mixwright.data_mixing.journal import read_entries
+from mixwright.data_mixing.snapshot import resume
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.errors import RunInUse, TrainingError
 
@@ -45,10 +45,9 @@ def journal_folder(run_dir: Path) -> Path:
 
 def read_history(run_dir: Path) -> RunHistory:
     """The run as its journal tells it; an empty history when there is none yet."""
-    history = RunHistory()
-    if journal_folder(run_dir).is_dir():
-        for entry in read_entries(journal_folder(run_dir)):
-            history.apply(entry)
+    if not journal_folder(run_dir).is_dir():
+        return RunHistory()
+    _, history = resume(journal_folder(run_dir), "reader")
     return history
 
 

@@ -17,6 +17,7 @@ from mixwright.data_mixing.leader import check_genesis, open_run
 from mixwright.data_mixing.policy import accept
 from mixwright.data_mixing.prepare import prepare
 from mixwright.data_mixing.service import ServiceProcess, start_service
+from mixwright.data_mixing.snapshot import resume
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import accumulation_steps
@@ -117,9 +118,9 @@ def open_mixing(config: PretrainConfig, store: TokenStore, ranks: Ranks, watcher
         check_genesis(recorded.genesis, genesis)
         yield MixingSide(recorded.genesis, recorded.leases["trainer"].epoch)
         return
-    journal = Journal(journal_folder(config.run_dir), writer="leader")
     first_policy = accept(config.mixing.policy, genesis)
-    history, lease = open_run(journal, genesis, first_policy)
+    journal, history = resume(journal_folder(config.run_dir), "leader")
+    history, lease = open_run(journal, genesis, first_policy, history)
     ranks.barrier()
     service = _start_service(config)
     try:

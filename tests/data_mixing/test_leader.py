@@ -239,3 +239,20 @@ def test_a_killed_start_is_completed_by_the_next(tmp_path: Path) -> None:
         history.apply(entry)
     assert [(commit.effective_step, commit.policy) for commit in history.commits] == [(0, FIRST)]
     assert len(history.policies) == 1
+
+
+def test_the_leader_leaves_snapshots_from_which_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixwright.data_mixing import snapshot
+    from mixwright.data_mixing.entries import Checkpoint
+
+    monkeypatch.setattr(snapshot, "EVERY_ENTRIES", 20)
+    _, leader = begin(tmp_path)
+    with leader:
+        for step in range(60):
+            leader.write(Checkpoint(step=step, tag=f"step-{step}", digest="00"))
+    assert list(snapshot.snapshot_folder(tmp_path).iterdir())
+    _, history = snapshot.resume(tmp_path, "reader")
+    assert [checkpoint.step for checkpoint in history.checkpoints] == list(range(60))
+    assert history.plan().state_digest(7) == verify(tmp_path).plan().state_digest(7)

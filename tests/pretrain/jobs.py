@@ -17,7 +17,7 @@ from mixwright.pretrain.rundir import read_history
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-TIMEOUT_S = 150.0
+TIMEOUT_S = 280.0
 
 
 def write_config(folder: Path, tree: dict[str, Any]) -> Path:
