@@ -133,7 +133,8 @@ def test_roles_are_fenced_apart_and_can_be_won_back(tmp_path: Path) -> None:
 def test_a_writer_without_a_lease_is_not_fenced(tmp_path: Path) -> None:
     tool = begun(tmp_path)
     Journal(tmp_path, "leader").acquire("trainer")
-    tool.append(report(5))
+    written = tool.append(report(5))
+    assert read_entries(tmp_path)[-1] == written
 
 
 def test_time_is_recorded_and_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
