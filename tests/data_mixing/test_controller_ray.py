@@ -146,7 +146,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     yield Cluster(address, token_path)
     descendants = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=100)  # Ray drains its node for up to 30 s
     for descendant in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
             descendant.kill()

@@ -70,6 +70,8 @@ def kill_when(corpus: Path, reached: Callable[[], bool], how: signal.Signals) ->
     process = subprocess.Popen(
         ["nice", "-n", "15", sys.executable, "prepare.py", "c.yaml"], cwd=corpus, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # A shell's background job ignores Ctrl-C, and hands that on to its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 100
     while not reached() and process.poll() is None and time.monotonic() < deadline:
