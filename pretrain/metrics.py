@@ -18,7 +18,11 @@ class MetricWriter:
     """Appends records of the leader; a record has a `kind` and the number of optimizer steps done, `step`."""
 
     def __init__(self, run_dir: Path, tensorboard: bool) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        path = run_dir / "metrics.jsonl"
+        is_cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        self._file = path.open("a", encoding="utf-8")
+        if is_cut:  # by a kill; the next record must not become part of that half line
+            self._file.write("\n")
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
