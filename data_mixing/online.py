@@ -45,16 +45,21 @@ class Guard(StrictModel):
 class OnlineDocument(PolicyDocument):
     """Keys of every online policy.
 
-    `initial` is the mixture to start from (default: all arms alike). `arms` names groups of domains by their names or
-    globs; default: each domain is an arm, or, above MAX_ARMS domains, the part of their names before the first '-',
-    '_' or '.'. With `decide: sync` the trainer waits at the end of a round for the decision (at most
-    guard.timeout_s); with `bridge` it goes on with the mixture so far.
+    `initial` is the mixture to start from (default: all arms alike). `target` says how much the validation loss of
+    each domain counts (default: all arms alike). `arms` names groups of domains by their names or globs; default: each
+    domain is an arm, or, above MAX_ARMS domains, the part of their names before the first '-', '_' or '.'. With
+    `decide: sync` the trainer waits at the end of a round for the decision (at most guard.timeout_s); with `bridge`
+    it goes on with the mixture so far.
     """
 
     initial: Mixture | None = None
+    target: Mixture | None = None
     arms: dict[str, tuple[str, ...]] | None = None
     decide: Literal["sync", "bridge"] = "sync"
     guard: Guard = Guard()
+
+    def check_arms(self, names: tuple[str, ...]) -> None:
+        """Check keys that name arms against the run's; raises PolicyRejected."""
 
 
 class Stretch(StrictModel):
