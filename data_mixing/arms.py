@@ -25,15 +25,15 @@ _NO_ARM = -1
 class Arms:
     """`members` are indices of domains; domains that are in no arm are not read.
 
-    rows: training rows of each arm. initial, target, fallback: the document's mixtures as shares of arms [K].
+    rows_K: training rows of each arm. initial_K, target_K, fallback_K: the document's mixtures as shares of arms.
     """
 
     names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
-    rows: tuple[int, ...]
-    initial: tuple[float, ...]
-    target: tuple[float, ...] | None
-    fallback: tuple[float, ...] | None
+    rows_K: tuple[int, ...]
+    initial_K: tuple[float, ...]
+    target_K: tuple[float, ...] | None
+    fallback_K: tuple[float, ...] | None
     arm_of_G: NDArray[np.int64]
     share_within_arm_G: NDArray[np.float64]
 
@@ -45,12 +45,12 @@ class Arms:
         share_G = np.asarray(share_K, dtype=np.float64)[self.arm_of_G] * self.share_within_arm_G
         return np.asarray(share_G / share_G.sum(), dtype=np.float64)
 
-    def count(self, number_G: ArrayLike) -> tuple[int, ...]:
+    def sum(self, number_G: ArrayLike) -> tuple[int, ...]:
         """Sums of a whole number per domain [G] (rows, tokens) over each arm."""
         values = np.asarray(number_G, dtype=np.int64)
         return tuple(int(values[list(indices)].sum()) for indices in self.members)
 
-    def pool(self, loss_sum_G: ArrayLike, num_tokens_G: ArrayLike) -> Losses:
+    def pool_losses(self, loss_sum_G: ArrayLike, num_tokens_G: ArrayLike) -> Losses:
         """Mean loss of each arm's tokens; domains without tokens or with a sum that is not finite are left out."""
         loss_sum = np.asarray(loss_sum_G, dtype=np.float64)
         num_tokens = np.asarray(num_tokens_G, dtype=np.float64)
@@ -79,10 +79,10 @@ def arms_of(document: OnlineDocument, domains: Sequence[Domain]) -> Arms:
     return Arms(
         names=tuple(members),
         members=groups,
-        rows=tuple(int(rows_G[list(indices)].sum()) for indices in groups),
-        initial=tuple(with_floor(np.array(initial), floor).tolist()),
-        target=_arm_shares(document.target, catalogue, groups, "target"),
-        fallback=_arm_shares(document.guard.fallback, catalogue, groups, "guard.fallback"),
+        rows_K=tuple(int(rows_G[list(indices)].sum()) for indices in groups),
+        initial_K=tuple(with_floor(np.array(initial), floor).tolist()),
+        target_K=_arm_shares(document.target, catalogue, groups, "target"),
+        fallback_K=_arm_shares(document.guard.fallback, catalogue, groups, "guard.fallback"),
         arm_of_G=arm_of_G,
         share_within_arm_G=within_G,
     )

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mixwright.data_mixing.errors import PolicyRejected
-from mixwright.data_mixing.guard import Shares, guarded, normalised, with_floor
+from mixwright.data_mixing.arms import Arms
+from mixwright.data_mixing.guard import Shares, guarded, normalised
 from mixwright.data_mixing.online import OnlineDocument, OnlineKind, Proposal, Stretch, Window
 
 logger = logging.getLogger(__name__)
@@ -34,20 +34,12 @@ class Decided:
     reason: str
 
 
-def first_stretches(
-    kind: OnlineKind, document: OnlineDocument, num_arms: int, key: int, initial: Sequence[float] | None = None
-) -> tuple[Stretch, ...]:
-    """What is read from the commit up to decision 0, starting from `initial` [K] (Arms.initial; None: all alike).
+def first_stretches(kind: OnlineKind, document: OnlineDocument, arms: Arms, key: int) -> tuple[Stretch, ...]:
+    """What is read from the commit up to decision 0, starting from the document's initial mixture.
 
     Raises PolicyRejected when the document cannot work with so many arms.
     """
-    if document.initial is not None and initial is None:
-        raise ValueError("the document names an initial mixture: pass Arms.initial")
-    if document.guard.floor * num_arms >= 1 and num_arms > 1:
-        raise PolicyRejected(f"guard.floor: {document.guard.floor:g} for each of {num_arms} arms leaves nothing over")
-    start_K = normalised(np.ones(num_arms) if initial is None else initial, num_arms)
-    start = tuple(with_floor(start_K, document.guard.floor).tolist())
-    return kind.stretches(document, start, 0, key)
+    return kind.stretches(document, arms.initial_K, 0, key)
 
 
 def decide(
@@ -58,7 +50,7 @@ def decide(
     key: int,
     fallback: Sequence[float] | None = None,
 ) -> Decided:
-    """Decision `window.decision` of a policy; `state` and `key` as in OnlineKind, `fallback` [K] is Arms.fallback.
+    """Decision `window.decision` of a policy; `state` and `key` as in OnlineKind, `fallback` is Arms.fallback_K.
 
     Never raises for bad numbers: then the mixture is held, or moved towards `fallback` where there is one.
     """
