@@ -1,17 +1,15 @@
-"""The controller of a run: checks and journals policies. Its Ray actor, and the one door to Ray.
+"""The controller of a run as the detached Ray actor `mixing/<run>`, and the one door to Ray.
 
-`MixingController` is a plain class over the journal; `ControllerActor` makes it the detached actor `mixing/<run>`.
-Everything it knows is in the journal, so a restarted controller goes on where the killed one stopped: requests carry
-an id and are journaled once, however often Ray repeats them (actor calls are at-least-once, spec/mixing.md 3.4).
-
-Of two controllers on one journal the newer lease wins; the older one refuses every verb and ends its actor.
+The actor is thin: what it does is in `control.py`. Of two controllers on one journal the newer lease wins; the older
+one refuses every verb and ends its actor.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,8 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mixwright.data_mixing.answers import Answer, failure, one_line, unpack
-from mixwright.data_mixing.entries import Cancel, EntryBody, Lease, PolicyEntry, Reject
-from mixwright.data_mixing.entry_file import Entry
-from mixwright.data_mixing.errors import (
-    JournalConflict,
-    MixingError,
-    PolicyRejected,
-    ServiceUnavailable,
-    nearest,
-)
-from mixwright.data_mixing.forecast import expected_commits, remarks
-from mixwright.data_mixing.history import RunHistory
-from mixwright.data_mixing.journal import Journal, read_entries
-from mixwright.data_mixing.policy import accept, recordable
-from mixwright.data_mixing.run_status import entry_record, run_status
+from mixwright.data_mixing.control import MixingController
+from mixwright.data_mixing.errors import JournalConflict, MixingError, PolicyRejected, ServiceUnavailable
 from mixwright.data_mixing.service import TOKEN_REMEDY
 
 logger = logging.getLogger(__name__)
@@ -44,151 +30,35 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "mixwright"
 OBJECT_STORE_BYTES = 80 << 20
 """Ray's smallest is 75 MiB; the service stores no objects."""
-MAX_HISTORY_ENTRIES = 1000
-
-
-class MixingController:
-    """Checks, journals and withdraws policies of the run whose journal is in `journal_folder`.
-
-    `holder` names this controller in the journal. A restarted controller has the name of the one that it replaces;
-    another name is another controller, and takes over. The verbs raise PolicyRejected, JournalError, or
-    JournalConflict once another controller has taken over.
-    """
-
-    def __init__(self, journal_folder: Path, holder: str) -> None:
-        self._journal = Journal(journal_folder, writer=holder)
-        self._holder = holder
-        self._history = RunHistory()
-        self._requests: dict[str, Entry] = {}
-        self._has_held_lease = False
-        self._lease: Lease | None = None
-        self._catch_up()
-
-    def submit(self, document: Any, request_id: str = "") -> Answer:
-        """Journal a policy document (a mapping or YAML text) as POLICY, or as REJECT and raise PolicyRejected.
-
-        Returns its entry number `lsn` and `remarks` for the user.
-        """
-        self._require_lease()
-        entry = self._requests.get(request_id) or self._journal_policy(document, request_id)
-        match entry.body:
-            case Reject():
-                raise PolicyRejected(entry.body.reason)
-            case PolicyEntry():
-                commits = expected_commits(self._history, (entry.lsn, entry.body))
-                return {"lsn": entry.lsn, "remarks": remarks(self._history.genesis, commits, entry.lsn)}
-        raise PolicyRejected(f"request {request_id!r} was a {entry.type}, entry {entry.lsn}; choose another id")
-
-    def cancel(self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "") -> Answer:
-        """Withdraw a policy that has not been committed. Returns the entry number `lsn` of the CANCEL."""
-        self._require_lease()
-        entry = self._requests.get(request_id)
-        while entry is None:
-            # Decided on the newest state: a COMMIT that comes in between makes the append fail and is seen.
-            self._check_cancel(policy_lsn)
-            body = Cancel(policy_lsn=policy_lsn, author=author, why=why, request_id=request_id)
-            entry = self._journal.append_after(self._history.last_lsn, body)
-            self._catch_up()
-        return {"lsn": entry.lsn}
-
-    def status(self) -> Answer:
-        """`RunStatus` as plain data."""
-        self._require_lease()
-        return run_status(self._history).model_dump(mode="json")
-
-    def history(self, since_lsn: int = 0) -> Answer:
-        """Up to MAX_HISTORY_ENTRIES `entries` from `since_lsn` on."""
-        self._require_lease()
-        entries = read_entries(self._journal.folder, max(since_lsn, 0))
-        return {"entries": [entry_record(entry) for entry in entries[:MAX_HISTORY_ENTRIES]]}
-
-    def ping(self) -> Answer:
-        """Who answers, how far it has read, and whether the run is over."""
-        self._catch_up()
-        return {
-            "holder": self._holder,
-            "journal": str(self._journal.folder),
-            "pid": os.getpid(),
-            "lsn": self._history.last_lsn,
-            "is_over": self._history.end is not None,
-        }
-
-    def _journal_policy(self, document: Any, request_id: str) -> Entry:
-        body: EntryBody
-        try:
-            if self._history.end is not None:
-                raise PolicyRejected(f"the run is {self._history.end.reason} after step {self._history.end.step}")
-            body = accept(document, self._history.genesis, history=self._history, request_id=request_id)
-        except PolicyRejected as error:
-            author = document.get("author", "") if isinstance(document, Mapping) else ""
-            body = Reject(
-                document=recordable(document), reason=str(error), author=str(author)[:500], request_id=request_id
-            )
-        entry = self._journal.append(body)
-        self._catch_up()
-        return entry
-
-    def _check_cancel(self, policy_lsn: int) -> None:
-        pending = {lsn for lsn, _ in self._history.pending()}
-        if policy_lsn in pending:
-            return
-        committed = next((c for c in self._history.commits if c.lsn == policy_lsn), None)
-        if committed is not None:
-            raise PolicyRejected(
-                f"policy {policy_lsn} is committed from step {committed.effective_step} on; submit another one instead"
-            )
-        if policy_lsn in self._history.policies:
-            raise PolicyRejected(f"policy {policy_lsn} waits for nothing: it was cancelled, or is a shadow")
-        raise PolicyRejected(f"policy {policy_lsn} does not exist{nearest(str(policy_lsn), map(str, pending))}")
-
-    def _catch_up(self) -> None:
-        """Read what is new, take the lease when the run has begun. Raises JournalConflict when it was taken from us."""
-        for entry in self._journal.poll():
-            self._history.apply(entry)
-            request_id = getattr(entry.body, "request_id", "")
-            if request_id:
-                self._requests.setdefault(request_id, entry)
-            if isinstance(entry.body, Lease) and entry.body.role == "controller":
-                self._has_held_lease |= entry.body.holder == self._holder
-        newest = self._history.leases.get("controller")
-        if newest is not None and self._is_taken_over(newest):
-            raise JournalConflict(
-                f"{newest.holder!r} has taken over as controller of run {self._history.genesis.run!r}"
-            )
-        if self._lease is None and self._history.has_genesis:
-            self._lease = self._journal.acquire("controller")
-            self._catch_up()
-
-    def _is_taken_over(self, newest: Lease) -> bool:
-        """Whether a newer controller holds the role: another one, or a restarted incarnation of this one."""
-        if self._lease is None:
-            return self._has_held_lease and newest.holder != self._holder
-        return newest.epoch > self._lease.epoch
-
-    def _require_lease(self) -> None:
-        self._catch_up()
-        if self._lease is None:
-            raise ServiceUnavailable(
-                f"{self._journal.folder}: the run has not begun (no GENESIS entry); policies are taken once it trains"
-            )
+DECIDE_INTERVAL_S = 0.05
+"""How often a controller looks for decisions that are due: one `stat` when there is nothing new."""
+RETRY_INTERVAL_S = 5.0
 
 
 class ControllerActor:
     """MixingController as a Ray actor: plain data in, `{"ok": ...}` or `{"error": class, "message": ...}` out.
 
     The controller is built at the first call, and again after the journal could not be used: a constructor that fails
-    would end the actor for good.
+    would end the actor for good. A thread makes the decisions of online policies; verbs wait for one under way.
     """
 
     def __init__(self, journal_folder: str, holder: str) -> None:
         self._journal_folder, self._holder = Path(journal_folder), holder
         self._controller: MixingController | None = None
+        self._lock = threading.RLock()
+        threading.Thread(target=self._decide, name="decide", daemon=True).start()
 
     def submit(self, document: Any, request_id: str = "") -> Answer:
         return self._answer(lambda controller: controller.submit(document, request_id))
 
     def cancel(self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "") -> Answer:
         return self._answer(lambda controller: controller.cancel(policy_lsn, request_id, author, why))
+
+    def pause(self, held: bool, request_id: str = "", author: str = "", why: str = "") -> Answer:
+        return self._answer(lambda controller: controller.pause(held, request_id, author, why))
+
+    def roll_back(self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "") -> Answer:
+        return self._answer(lambda controller: controller.roll_back(policy_lsn, request_id, author, why))
 
     def status(self) -> Answer:
         return self._answer(MixingController.status)
@@ -199,7 +69,25 @@ class ControllerActor:
     def ping(self) -> Answer:
         return self._answer(MixingController.ping)
 
+    def _decide(self) -> None:
+        """Thread: journal what online policies decide, as soon as it is due."""
+        while True:
+            time.sleep(DECIDE_INTERVAL_S)
+            try:
+                with self._lock:
+                    if self._controller is not None:
+                        self._controller.advance()
+            except JournalConflict:
+                return  # another controller decides from now on; the next verb ends this actor
+            except Exception:
+                logger.exception("a decision cannot be made, trying again in %g s", RETRY_INTERVAL_S)
+                time.sleep(RETRY_INTERVAL_S)
+
     def _answer(self, verb: Callable[[MixingController], Answer]) -> Answer:
+        with self._lock:
+            return self._locked_answer(verb)
+
+    def _locked_answer(self, verb: Callable[[MixingController], Answer]) -> Answer:
         try:
             if self._controller is None:
                 self._controller = MixingController(self._journal_folder, self._holder)

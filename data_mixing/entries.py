@@ -8,6 +8,9 @@
 | REJECT | controller | a refused proposal and the reason |
 | CANCEL | controller | a POLICY that must no longer be committed |
 | COMMIT | leader | a POLICY is in force from `effective_step` on |
+| DECISION | controller | what an online policy decided, with everything that it decided from |
+| PASS | leader | a decision did not come in time: the program goes on |
+| PAUSE | controller | online decisions are held, or go on again |
 | REPORT | leader | per-domain loss sums of a window of steps, or of a validation |
 | CHECKPOINT | leader | a checkpoint was written |
 | END | leader | the run is over, and why |
@@ -60,16 +63,37 @@ class Segment(StrictModel):
         return self
 
 
-class PolicyEntry(StrictModel):
-    """An accepted proposal. `program` is in absolute training steps, its first segment starts at 0.
+class Mark(StrictModel):
+    """A boundary between two steps at which an online policy measures: before `step`, after the one before it.
 
+    Ranks close a loss report there; `evaluate` adds a validation. `is_perturbation` tells what the steps before it
+    were for. At `decide` the program ends: a decision is due,
+    which ranks wait (`sync`) or not (`bridge`).
+    """
+
+    step: int = Field(ge=0)
+    evaluate: bool = False
+    is_perturbation: bool = False
+    decide: Literal["", "sync", "bridge"] = ""
+    timeout_s: float = Field(default=30.0, gt=0)
+
+
+class PolicyEntry(StrictModel):
+    """An accepted proposal. The first segment of its `program` starts at 0.
+
+    Steps of `program` and `marks` are training steps, or, when `counts_from_commit`, steps since the effective step.
     `document` is what the user submitted; `caps` overrides the catalogue's cap by domain name.
     `at_step` asks for an effective step; None means as soon as possible. A shadow is never committed.
+    `root` is the entry of the online policy that this one carries on, by the DECISION of entry `decision_lsn`.
     `request_id` is chosen by whoever submits, so that a request that is sent twice is journaled once.
     """
 
     document: dict[str, Any]
     program: tuple[Segment, ...] = Field(min_length=1)
+    counts_from_commit: bool = False
+    marks: tuple[Mark, ...] = ()
+    root: int | None = Field(default=None, ge=0)
+    decision_lsn: int | None = Field(default=None, ge=0)
     caps: dict[str, Cap] = Field(default_factory=dict)
     at_step: int | None = Field(default=None, ge=0)
     shadow: bool = False
@@ -82,7 +106,14 @@ class PolicyEntry(StrictModel):
         starts = [segment.start_step for segment in self.program]
         if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
             raise ValueError(f"program must start at step 0 and have increasing start steps, found {starts[:10]}")
+        marks = [mark.step for mark in self.marks]
+        if any(a >= b for a, b in itertools.pairwise(marks)):
+            raise ValueError(f"marks must have increasing steps, found {marks[:10]}")
         return self
+
+    def origin(self, effective_step: int) -> int:
+        """The training step that step 0 of program and marks stands for, when committed at `effective_step`."""
+        return effective_step if self.counts_from_commit else 0
 
 
 class Reject(StrictModel):
@@ -115,6 +146,44 @@ class Commit(StrictModel):
     plan_digest: str
 
 
+class Decision(StrictModel):
+    """What online policy `policy_lsn` decided at the boundary before `step`, and from what.
+
+    `window` and `state` are all that it looked at, `proposal` is what it wanted, `shares` (one per arm) what came of it
+    after the guard; `stretches` are what is read until the next decision, none while decisions are held. `action` says
+    whether the mixture was chosen by the policy; `reason` why not.
+    """
+
+    policy_lsn: int = Field(ge=0)
+    step: int = Field(ge=0)
+    decision: int = Field(ge=0)
+    window: dict[str, Any]
+    state: dict[str, Any]
+    proposal: dict[str, Any]
+    shares: tuple[float, ...]
+    stretches: tuple[dict[str, Any], ...]
+    action: Literal["propose", "hold", "fallback"]
+    reason: str = ""
+    shadow: bool = False
+
+
+class Pass(StrictModel):
+    """No decision came in time at the boundary before `step`: policy `policy_lsn` goes on with its last mixture."""
+
+    policy_lsn: int = Field(ge=0)
+    step: int = Field(ge=0)
+    reason: str
+
+
+class Pause(StrictModel):
+    """Online policies hold their mixture from their next decision on (`held`), or decide again."""
+
+    held: bool
+    author: str = ""
+    why: str = ""
+    request_id: str = ""
+
+
 class DomainLoss(StrictModel):
     """Sums over one domain: `loss_sum` and `loss_square_sum` over tokens, in nats of plain cross-entropy."""
 
@@ -128,14 +197,17 @@ class Report(StrictModel):
     """Per-domain losses of steps [first_step, last_step], over all ranks; domains with no row are left out.
 
     `digest` is the sum (mod 2**64, hex) of the step digests of the rows really trained on; "" for validation.
+    A validation is one of the model after `last_step`, -1 before the first step. `learning_rate` is the mean over the
+    steps of a training report.
     """
 
     kind: Literal["train", "validation"]
-    first_step: int = Field(ge=0)
-    last_step: int = Field(ge=0)
+    first_step: int = Field(ge=-1)
+    last_step: int = Field(ge=-1)
     domains: dict[str, DomainLoss]
     digest: str = ""
     attempt: int = Field(ge=0)
+    learning_rate: float | None = None
 
 
 class Checkpoint(StrictModel):
@@ -162,9 +234,12 @@ class End(StrictModel):
     digest: str
 
 
-EntryBody = Genesis | PolicyEntry | Reject | Cancel | Commit | Report | Checkpoint | Lease | End
+EntryBody = (
+    Genesis | PolicyEntry | Reject | Cancel | Commit | Decision | Pass | Pause | Report | Checkpoint | Lease | End
+)
 
 BODY_TYPES: dict[str, type[StrictModel]] = {
     "GENESIS": Genesis, "POLICY": PolicyEntry, "REJECT": Reject, "CANCEL": Cancel, "COMMIT": Commit,
-    "REPORT": Report, "CHECKPOINT": Checkpoint, "LEASE": Lease, "END": End,
+    "DECISION": Decision, "PASS": Pass, "PAUSE": Pause, "REPORT": Report,
+    "CHECKPOINT": Checkpoint, "LEASE": Lease, "END": End,
 }  # fmt: skip

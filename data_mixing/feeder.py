@@ -59,7 +59,7 @@ class Feeder:
         self._store_index = store_order(self.genesis, store)
         self._positions = rank_positions(self.genesis.rows_per_step, rank, num_ranks)
         self._plan = self._history.plan()
-        self._plan_lock = threading.Lock()
+        self._news = threading.Condition()
         self._next_step = start_step
         self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(maxsize=prefetch_steps)
         self._stopping = threading.Event()
@@ -83,8 +83,8 @@ class Feeder:
 
     @property
     def committed_lsn(self) -> int:
-        """Entry of the newest commit that this rank follows."""
-        return self._history.last_commit_lsn
+        """Entry of the newest commit (or pass) that this rank follows."""
+        return self._history.last_ruling_lsn
 
     def next(self) -> StepRows:
         """The next step's rows; raises DomainExhausted when the plan ends, and whatever broke the thread."""
@@ -99,6 +99,15 @@ class Feeder:
         """Apply commits up to journal entry `lsn`, which the leader announced. Cheap when nothing is new."""
         if lsn <= self.committed_lsn:
             return
+        known = self._history.num_commits
+        self._read_up_to(lsn)
+        with self._news:
+            for commit in self._history.commits[known:]:
+                self._check_in_time(lsn, commit.effective_step)
+            self._plan = self._history.plan()
+            self._news.notify_all()
+
+    def _read_up_to(self, lsn: int) -> None:
         deadline = time.monotonic() + VISIBLE_TIMEOUT_S
         while self.committed_lsn < lsn:
             if time.monotonic() > deadline:
@@ -108,14 +117,13 @@ class Feeder:
                 )
             if not self._read_journal():
                 time.sleep(0.02)
-        with self._plan_lock:
-            effective_step = self._history.commits[-1].effective_step
-            if effective_step < self._next_step:
-                raise JournalError(
-                    f"commit entry {lsn} takes effect at step {effective_step}, but step {self._next_step - 1} is "
-                    "already prepared on this rank: mixing.lead_steps is too small"
-                )
-            self._plan = self._history.plan()
+
+    def _check_in_time(self, lsn: int, effective_step: int) -> None:
+        if effective_step < self._next_step:
+            raise JournalError(
+                f"commit entry {lsn} takes effect at step {effective_step}, but step {self._next_step - 1} is "
+                "already prepared on this rank: mixing.lead_steps is too small"
+            )
 
     def _read_journal(self) -> int:
         entries = self._journal.poll()
@@ -127,12 +135,19 @@ class Feeder:
         """Thread: prepare steps in order until told to stop."""
         try:
             while not self._stopping.is_set():
-                self._offer(self._gather_next())
+                rows = self._gather_next()
+                if rows is not None:
+                    self._offer(rows)
         except Exception as error:  # handed to the training thread, which raises it
             self._offer(error)
 
-    def _gather_next(self) -> StepRows:
-        with self._plan_lock:
+    def _gather_next(self) -> StepRows | None:
+        """The next step's rows, once no decision can change them any more; None when told to stop before that."""
+        with self._news:
+            while self._plan.is_waiting(self._next_step, self._history.passes):
+                if self._stopping.is_set():
+                    return None
+                self._news.wait(timeout=0.2)
             plan, step = self._plan, self._next_step
             self._next_step += 1
         refs = plan.rows(step, self._positions)

@@ -12,9 +12,12 @@ from mixwright.data_mixing.entries import (
     Cancel,
     Checkpoint,
     Commit,
+    Decision,
     End,
     Genesis,
     Lease,
+    Pass,
+    Pause,
     PolicyEntry,
     Report,
 )
@@ -53,7 +56,12 @@ class HistoryState(StrictModel):
     last_step: int
     last_lsn: int
     last_hash: str
-    last_commit_lsn: int
+    last_ruling_lsn: int
+    measures_from: tuple[tuple[int, int], ...] = ()
+    decisions: tuple[tuple[int, Decision], ...] = ()
+    passes: tuple[tuple[int, int], ...] = ()
+    measured: tuple[Report, ...] = ()
+    is_held: bool = False
 
 
 class RunHistory:
@@ -61,7 +69,12 @@ class RunHistory:
 
     policies: POLICY entries by their number; commits: in journal order; leases: the newest of each role;
     reports: the newest few; last_step: the last step reported as trained, -1 at the start; end: None while the run can
-    go on; last_lsn and last_commit_lsn: numbers of the newest entry and of the newest COMMIT, -1 at the start.
+    go on; last_lsn and last_ruling_lsn: numbers of the newest entry and of the newest COMMIT or PASS, -1 at the start.
+
+    Of online policies: measures_from: the step from which on the next decision looks at losses, by the entry of each
+    policy that is in force or a shadow; decisions: the newest of each, with its entry number, by the entry of the
+    policy; passes: (entry of the policy in force, step) of decisions that did not come in time; measured: the reports
+    that the next decisions need; is_held: whether people have told online policies to hold their mixture.
     """
 
     def __init__(self, keep_reports: int = KEEP_REPORTS) -> None:
@@ -75,7 +88,12 @@ class RunHistory:
         self.last_step = -1
         self.last_lsn = -1
         self.last_hash = ""
-        self.last_commit_lsn = -1
+        self.last_ruling_lsn = -1
+        self.measures_from: dict[int, int] = {}
+        self.decisions: dict[int, tuple[int, Decision]] = {}
+        self.passes: set[tuple[int, int]] = set()
+        self.measured: list[Report] = []
+        self.is_held = False
         self._settled: set[int] = set()
         self._records: list[CommitRecord] = []
         self._plan: Plan | None = None
@@ -110,14 +128,6 @@ class RunHistory:
         match entry.body:
             case Genesis():
                 self._genesis = entry.body
-            case PolicyEntry():
-                self._check_policy(entry.lsn, entry.body)
-                self.policies[entry.lsn] = entry.body
-            case Commit():
-                self._commit(entry.lsn, entry.body)
-            case Cancel():
-                self._policy(entry.lsn, entry.body.policy_lsn)
-                self._settled.add(entry.body.policy_lsn)
             case Report():
                 self._report(entry.body)
             case Checkpoint():
@@ -128,6 +138,40 @@ class RunHistory:
             case End():
                 self.end = entry.body
                 self.last_step = entry.body.step - 1
+            case _:
+                self._fold_policy(entry)
+
+    def _fold_policy(self, entry: Entry) -> None:
+        """Entries that say what is read."""
+        match entry.body:
+            case PolicyEntry():
+                self._check_policy(entry.lsn, entry.body)
+                self._propose(entry.lsn, entry.body)
+            case Commit():
+                self._commit(entry.lsn, entry.body)
+            case Cancel():
+                self._policy(entry.lsn, entry.body.policy_lsn)
+                self._settled.add(entry.body.policy_lsn)
+                self.measures_from.pop(entry.body.policy_lsn, None)
+            case Decision():
+                self._policy(entry.lsn, entry.body.policy_lsn)
+                self._decide(entry.lsn, entry.body)
+            case Pass():
+                self.passes.add((entry.body.policy_lsn, entry.body.step))
+                self.last_ruling_lsn = entry.lsn
+            case Pause():
+                self.is_held = entry.body.held
+
+    def _propose(self, lsn: int, policy: PolicyEntry) -> None:
+        self.policies[lsn] = policy
+        if policy.shadow and policy.marks and policy.root is None:
+            self.measures_from[lsn] = max(policy.at_step or 0, self.last_step + 1)
+
+    def _decide(self, lsn: int, decision: Decision) -> None:
+        self.decisions[decision.policy_lsn] = (lsn, decision)
+        if decision.policy_lsn in self.measures_from:
+            self.measures_from[decision.policy_lsn] = decision.step
+        self.measured = _still_needed(self.measured, self._measured_since())
 
     def _policy(self, lsn: int, policy_lsn: int) -> PolicyEntry:
         policy = self.policies.get(policy_lsn)
@@ -150,14 +194,43 @@ class RunHistory:
         # The record first: a thread that derives the plan meanwhile takes as many records as there are commits.
         self._records.append(CommitRecord(**commit.model_dump()))
         self.commits.append(CommittedPolicy(commit.effective_step, commit.policy_lsn, policy))
-        self.last_commit_lsn = lsn
+        self.last_ruling_lsn = lsn
+        self._follow_root(commit)
+
+    def _follow_root(self, commit: Commit) -> None:
+        """The online policy that is in force measures, those that it supersedes no longer do."""
+        active = self.active_root()
+        for root in [root for root in self.measures_from if root != active and not self.policies[root].shadow]:
+            del self.measures_from[root]
+        if active == commit.policy_lsn:
+            self.measures_from[active] = commit.effective_step
 
     def _report(self, report: Report) -> None:
         self.reports.append(report)
+        since = self._measured_since()
+        if since is not None and report.last_step >= since - 1:
+            self.measured = [*_before(self.measured, report), report]
         if report.kind == "train":
             self.last_step = report.last_step
             # A run that was over, by an exhausted domain, and trains again has been continued.
             self.end = None
+
+    def active_root(self) -> int | None:
+        """Entry of the online policy whose program was committed last; None for a policy that decides nothing."""
+        if not self.commits:
+            return None
+        newest = self.commits[-1]
+        if newest.policy.root is not None:
+            return newest.policy.root
+        return newest.lsn if newest.policy.marks else None
+
+    def shadow_roots(self) -> list[int]:
+        """Entries of the online policies that decide without being obeyed."""
+        return [root for root in self.measures_from if self.policies[root].shadow]
+
+    def _measured_since(self) -> int | None:
+        """The first step whose losses an online policy still needs; None when there is no such policy."""
+        return min(self.measures_from.values(), default=None)
 
     @property
     def num_commits(self) -> int:
@@ -198,7 +271,12 @@ class RunHistory:
             last_step=self.last_step,
             last_lsn=self.last_lsn,
             last_hash=self.last_hash,
-            last_commit_lsn=self.last_commit_lsn,
+            last_ruling_lsn=self.last_ruling_lsn,
+            measures_from=tuple(self.measures_from.items()),
+            decisions=tuple(self.decisions.values()),
+            passes=tuple(sorted(self.passes)),
+            measured=tuple(self.measured),
+            is_held=self.is_held,
         )
 
     @classmethod
@@ -216,11 +294,23 @@ class RunHistory:
         history.leases = {lease.role: lease for lease in state.leases}
         history.checkpoints = list(state.checkpoints)
         history.reports.extend(state.reports)
-        history.end, history.last_step, history.last_commit_lsn = state.end, state.last_step, state.last_commit_lsn
+        history.end, history.last_step, history.last_ruling_lsn = state.end, state.last_step, state.last_ruling_lsn
         history.last_lsn, history.last_hash = state.last_lsn, state.last_hash
+        history.measures_from = dict(state.measures_from)
+        history.decisions = {decision.policy_lsn: (lsn, decision) for lsn, decision in state.decisions}
+        history.passes, history.measured, history.is_held = set(state.passes), list(state.measured), state.is_held
         if history.commits:
             history._plan = _plan_from(state, history.commits)
         return history
+
+
+def _before(measured: list[Report], report: Report) -> list[Report]:
+    """What remains true of `measured` when `report` comes: a run that was resumed does steps again."""
+    return [known for known in measured if known.kind != report.kind or known.last_step < report.first_step]
+
+
+def _still_needed(measured: list[Report], since: int | None) -> list[Report]:
+    return [] if since is None else [report for report in measured if report.last_step >= since - 1]
 
 
 def _plan_from(state: HistoryState, commits: Sequence[CommittedPolicy]) -> Plan:

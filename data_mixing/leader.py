@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from types import TracebackType
 
-from mixwright.data_mixing.entries import Commit, EntryBody, Genesis, Lease, PolicyEntry
+from mixwright.data_mixing.entries import Commit, EntryBody, Genesis, Lease, Pass, PolicyEntry
 from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
 from mixwright.data_mixing.history import CommittedPolicy, RunHistory
 from mixwright.data_mixing.journal import Journal
@@ -23,6 +24,7 @@ POLL_INTERVAL_S = 0.1
 RETRY_INTERVAL_S = 5.0
 REACH_STEPS = 64
 """A policy with `at_step` is committed this many steps early, so that a slow journal does not make it late."""
+STILL_WAITING_S = 10.0
 COMMIT_TIMEOUT_S = 120.0
 """How long training waits at the edge of a commit that is being written to a slow journal."""
 
@@ -38,13 +40,15 @@ class Leader:
         self._lead_steps = lead_steps
         # A feeder in step s may hold s+1 .. s+prefetch in its queue and s+prefetch+1 in its hand.
         self._announce_margin = prefetch_steps + 2
-        self._announced_lsn = history.last_commit_lsn
+        self._announced_lsn = history.last_ruling_lsn
         self._outbox: queue.Queue[EntryBody] = queue.Queue()
         self._failure: Exception | None = None
         self._stopping = threading.Event()
         self._state = threading.Condition()
         self._current_step = start_step
         self._writing_effective_step: int | None = None
+        self._boundary: int | None = None
+        self._give_up_at: int | None = None
         self._thread = threading.Thread(target=self._run, name="leader", daemon=True)
 
     def __enter__(self) -> Leader:
@@ -63,7 +67,7 @@ class Leader:
 
     @property
     def announced_lsn(self) -> int:
-        """Entry of the newest commit that is safely in the journal."""
+        """Entry of the newest commit (or pass) that is safely in the journal."""
         return self._announced_lsn
 
     def begin_step(self, step: int) -> None:
@@ -74,6 +78,33 @@ class Leader:
             clear = self._state.wait_for(lambda: not self._is_too_close(step), timeout=COMMIT_TIMEOUT_S)
         if not clear:
             raise JournalError(f"{self._journal.folder}: a commit could not be written within {COMMIT_TIMEOUT_S:g} s")
+
+    def await_decision(self, step: int, timeout_s: float) -> int:
+        """Wait at the boundary before `step`, where all ranks stand, for the online policy's decision.
+
+        A policy that is accepted meanwhile holds from `step` on. After `timeout_s` the program goes on as it is, and
+        the journal says so. Returns the entry that ranks must follow before they read `step`.
+        """
+        deadline = time.monotonic() + timeout_s
+        told = False
+        with self._state:
+            self._boundary = step
+            while self._is_undecided(step):
+                self._raise_failure()
+                left = deadline - time.monotonic()
+                if left < -COMMIT_TIMEOUT_S:
+                    raise JournalError(f"{self._journal.folder}: no entry could be written for {COMMIT_TIMEOUT_S:g} s")
+                if left < timeout_s - STILL_WAITING_S and not told:
+                    told = True
+                    logger.info("step %d: still waiting for the policy's decision (limit %g s)", step, timeout_s)
+                if left <= 0:
+                    self._give_up_at = step
+                self._state.wait(timeout=POLL_INTERVAL_S)
+            self._boundary = self._give_up_at = None
+        return self._announced_lsn
+
+    def _is_undecided(self, step: int) -> bool:
+        return self._history.plan().is_waiting(step, self._history.passes)
 
     def write(self, body: EntryBody) -> None:
         """Queue an entry (a report, checkpoint or end) for the journal."""
@@ -97,6 +128,7 @@ class Leader:
                 self._read_new()
                 if not stopping:
                     self._commit_due()
+                    self._pass_due()
             except JournalConflict as error:
                 self._failure = error
                 return
@@ -145,7 +177,7 @@ class Leader:
 
     def _effective_step(self, policy: PolicyEntry) -> int | None:
         """The step from which `policy` can hold, None while its time is not within reach."""
-        soonest = self._current_step + self._lead_steps
+        soonest = self._current_step + self._lead_steps if self._boundary is None else self._boundary
         if self._history.commits:
             soonest = max(soonest, self._history.commits[-1].effective_step)
         wanted = policy.at_step if policy.at_step is not None else soonest
@@ -159,6 +191,20 @@ class Leader:
         if entry is not None:
             self._announced_lsn = entry.lsn
             logger.info("policy %d is committed: effective from step %d", lsn, effective_step)
+
+    def _pass_due(self) -> None:
+        """Go on without a decision, unless it came at the last moment."""
+        step = self._give_up_at
+        if step is None or not self._is_undecided(step):
+            return
+        found = self._history.plan().mark(step)
+        assert found is not None
+        body = Pass(policy_lsn=found[0], step=step, reason="no decision came in time; the mixture stays")
+        entry = self._journal.append_after(self._history.last_lsn, body)
+        self._read_new()
+        if entry is not None:
+            self._announced_lsn = entry.lsn
+            logger.warning("step %d: %s", step, body.reason)
 
 
 def commit_body(history: RunHistory, lsn: int, policy: PolicyEntry, effective_step: int) -> Commit:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixwright.data_mixing.entries import PROPORTION_TOTAL, Genesis
+from mixwright.data_mixing.entries import PROPORTION_TOTAL, Genesis, Mark
 from mixwright.data_mixing.errors import DomainExhausted
 from mixwright.data_mixing.permutation import fold_key, mix_key, permute, splitmix64
 from mixwright.data_mixing.timeline import Catalogue, CommittedPolicy, Exhaustion, PlanState, Stretch, Timeline
@@ -112,6 +112,26 @@ class Plan:
     def policy_lsn(self, step: int) -> int:
         """Journal entry of the POLICY in force at `step`."""
         return self._timeline.regime_at(step).commit.lsn
+
+    def mark(self, step: int) -> tuple[int, Mark] | None:
+        """The mark at the boundary before `step`, in training steps, and the POLICY entry that set it; or None."""
+        found = [regime.mark(step) for regime in self._timeline.regimes_around(step)]
+        marks = [(lsn, mark) for lsn, mark in found if mark is not None]
+        if not marks:
+            return None
+        evaluate = any(mark.evaluate for _, mark in marks)
+        return marks[0][0], marks[0][1].model_copy(update={"step": step, "evaluate": evaluate})
+
+    def is_waiting(self, step: int, passes: Collection[tuple[int, int]] = ()) -> bool:
+        """Whether the rows of `step` depend on a decision that is still to come, for which ranks wait.
+
+        `passes` are (POLICY entry, step) of decisions that nobody waits for any more.
+        """
+        found = self.mark(step)
+        if found is None or found[1].decide != "sync":
+            return False
+        lsn = found[0]
+        return lsn == self.commits[-1].lsn and (lsn, step) not in passes
 
     @property
     def commits(self) -> tuple[CommittedPolicy, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import pkgutil
 import re
 import reprlib
@@ -22,11 +21,8 @@ from pydantic import AfterValidator, Field
 from mixwright.data_mixing import policies
 from mixwright.data_mixing.config_file import StrictModel, validate
 from mixwright.data_mixing.domain import Cap
-from mixwright.data_mixing.entries import Genesis, PolicyEntry, Segment
+from mixwright.data_mixing.entries import Genesis, Segment
 from mixwright.data_mixing.errors import ConfigError, PolicyRejected, nearest
-from mixwright.data_mixing.forecast import dead_end, expected_commits, first_open_step
-from mixwright.data_mixing.history import RunHistory
-from mixwright.data_mixing.mixture import assign
 
 MAX_DOCUMENT_CHARACTERS = 1 << 20
 MAX_DOCUMENT_VALUES = 1 << 17
@@ -71,31 +67,6 @@ class PolicyKind(Protocol):
 def policy_kinds() -> tuple[str, ...]:
     """Names of the kinds that are installed."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(policies.__path__)))
-
-
-def accept(document: Any, genesis: Genesis, *, history: RunHistory | None = None, request_id: str = "") -> PolicyEntry:
-    """Check a document (a mapping, or YAML text) against a run and compile it.
-
-    `history` is the run so far (None: it has not begun). Raises PolicyRejected with one line that names the key.
-    """
-    history = history or RunHistory()
-    parsed, kind = parse(document)
-    program = kind.compile_program(parsed, genesis)
-    _check_at_step(parsed.at_step, genesis, first_open_step(history))
-    entry = PolicyEntry(
-        document=parsed.model_dump(mode="json", exclude_unset=True),
-        program=program,
-        caps=_expand_caps(parsed.caps, genesis),
-        at_step=parsed.at_step,
-        shadow=parsed.shadow,
-        author=parsed.author,
-        why=parsed.why,
-        request_id=request_id,
-    )
-    reason = dead_end(genesis, expected_commits(history, (history.last_lsn + 1, entry)))
-    if reason:
-        raise PolicyRejected(reason)
-    return entry
 
 
 def parse(document: Any) -> tuple[PolicyDocument, PolicyKind]:
@@ -154,23 +125,3 @@ def recordable(document: Any) -> Any:
         return json.loads(json.dumps(mapping, allow_nan=False))
     except (PolicyRejected, ValueError, TypeError, RecursionError):
         return document[:1000] if isinstance(document, str) else reprlib.repr(document)
-
-
-def _check_at_step(at_step: int | None, genesis: Genesis, first_open: int) -> None:
-    if at_step is None:
-        return
-    if at_step >= genesis.num_steps:
-        raise PolicyRejected(f"at_step: step {at_step} is not in the run, which has steps 0 to {genesis.num_steps - 1}")
-    if at_step < first_open:
-        raise PolicyRejected(
-            f"at_step: step {at_step} has passed, the first open step is {first_open}; "
-            "leave at_step out for as soon as possible"
-        )
-
-
-def _expand_caps(caps: Mapping[str, Cap], genesis: Genesis) -> dict[str, Cap]:
-    for pattern, cap in caps.items():
-        if cap.max_epochs is not None and not math.isfinite(cap.max_epochs):
-            raise PolicyRejected(f"caps.{pattern}.max_epochs: expected a finite number, found {cap.max_epochs}")
-    assigned = assign(caps, genesis.domains, "caps")
-    return {genesis.domains[index].name: caps[pattern] for pattern, members in assigned.items() for index in members}

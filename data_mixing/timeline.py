@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mixwright.data_mixing.apportion import MAX_ROWS, Apportionment, without
 from mixwright.data_mixing.domain import Cap, OnExhaust
-from mixwright.data_mixing.entries import Genesis, PolicyEntry
+from mixwright.data_mixing.entries import Genesis, Mark, PolicyEntry
 from mixwright.data_mixing.errors import MixingError, nearest
 
 NO_LIMIT = int(np.iinfo(np.int64).max)
@@ -142,10 +142,16 @@ class Regime:
 
     def mixture_at(self, step: int) -> tuple[Int64s, int]:
         """Proportions [G] of the program at `step`, and the first step of the program's next segment."""
-        program = self.commit.policy.program
-        index = bisect.bisect_right(program, step, key=lambda segment: segment.start_step)
-        next_start = program[index].start_step if index < len(program) else NO_END
+        program, origin = self.commit.policy.program, self.commit.policy.origin(self.start_step)
+        index = bisect.bisect_right(program, step - origin, key=lambda segment: segment.start_step)
+        next_start = origin + program[index].start_step if index < len(program) else NO_END
         return self.catalogue.in_id_order(program[index - 1].proportions), next_start
+
+    def mark(self, step: int) -> tuple[int, Mark | None]:
+        """The policy's entry, and its mark at the boundary before training step `step`, if it has one."""
+        marks, wanted = self.commit.policy.marks, step - self.commit.policy.origin(self.start_step)
+        index = bisect.bisect_left(marks, wanted, key=lambda mark: mark.step)
+        return self.commit.lsn, marks[index] if index < len(marks) and marks[index].step == wanted else None
 
     def exhaustions(self, reached_G: Bools, step: int) -> tuple[Exhaustion, ...]:
         """The events that the domains marked in `reached_G` cannot fill `step`, in order of domain id."""
@@ -234,6 +240,12 @@ class Timeline:
             starts = [f"the first takes effect at step {regime.start_step}" for regime in self._regimes]
             raise MixingError(f"no policy is in force at step {step}: {(*starts, 'none is committed')[0]}")
         return self._regimes[index - 1]
+
+    def regimes_around(self, step: int) -> list[Regime]:
+        """What is in force right before `step`, and what begins there."""
+        ended = [self.regime_at(step - 1)] if self._regimes and step > self._regimes[0].start_step else []
+        regime = self.regime_at(step)
+        return [*ended, regime] if regime.start_step == step else ended
 
     def at(self, step: int) -> Stretch:
         """The stretch that covers `step`."""

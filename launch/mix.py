@@ -220,9 +220,9 @@ def forecast(
     as_json: AsJson = False,
 ) -> None:
     """What the run will read: tokens and epochs per domain, and which domain reaches its cap when."""
+    from mixwright.data_mixing.acceptance import accept
     from mixwright.data_mixing.forecast import expected_commits
     from mixwright.data_mixing.forecast import forecast as forecast_run
-    from mixwright.data_mixing.policy import accept
     from mixwright.launch import mix_tables
     from mixwright.launch.runs import find_run, open_history
 
@@ -297,9 +297,9 @@ def plan_trace(
 
 def preview(run_dir: Path, document: dict[str, Any], as_json: bool) -> None:
     """What a policy would do: its mixture beside the one in force, and the forecast to the run's end."""
+    from mixwright.data_mixing.acceptance import accept
     from mixwright.data_mixing.forecast import expected_commits, mixture_change, remarks
     from mixwright.data_mixing.forecast import forecast as forecast_run
-    from mixwright.data_mixing.policy import accept
     from mixwright.launch import mix_tables
     from mixwright.launch.runs import open_history
 

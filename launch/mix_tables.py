@@ -15,10 +15,13 @@ from mixwright.data_mixing.entries import (
     Cancel,
     Checkpoint,
     Commit,
+    Decision,
     End,
     EntryBody,
     Genesis,
     Lease,
+    Pass,
+    Pause,
     PolicyEntry,
     Reject,
     Report,
@@ -146,6 +149,8 @@ def summary(body: EntryBody) -> str:
             return f"policy {body.policy_lsn}{_by(body.author, body.why)}"
         case Commit():
             return f"policy {body.policy_lsn} from step {body.effective_step} on"
+        case Decision() | Pass() | Pause():
+            return _decision_summary(body)
         case Report():
             tokens = sum(domain.num_tokens for domain in body.domains.values())
             mean = sum(domain.loss_sum for domain in body.domains.values()) / max(tokens, 1)
@@ -158,6 +163,17 @@ def summary(body: EntryBody) -> str:
             return f"{body.role} is {body.holder} (lease {body.epoch})"
         case End():
             return f"{body.reason} after {body.step} steps"
+
+
+def _decision_summary(body: Decision | Pass | Pause) -> str:
+    if isinstance(body, Pause):
+        return f"{'decisions are held' if body.held else 'decisions go on'}{_by(body.author, body.why)}"
+    if isinstance(body, Pass):
+        return f"policy {body.policy_lsn} at step {body.step}: {body.reason}"
+    shares = zip(body.window.get("arms", ()), body.shares, strict=False)
+    mixture = ", ".join(f"{name} {percent(share)}" for name, share in shares)
+    reason = f" ({body.reason})" if body.reason else ""
+    return f"{'shadow ' * body.shadow}policy {body.policy_lsn} at step {body.step}: {body.action}{reason} {mixture}"
 
 
 def rows_view(names: Sequence[str], refs: RowRefs, title: str, limit: int) -> RenderableType:

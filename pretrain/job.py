@@ -19,7 +19,8 @@ from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.checkpoint import Checkpoints, Found
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import Engine, start_ranks
-from mixwright.pretrain.evaluate import HeldOut, evaluate
+from mixwright.pretrain.evaluate import evaluate
+from mixwright.pretrain.held_out import HeldOut
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
 from mixwright.pretrain.metrics import MetricWriter, loss_values, overall_loss, peak_memory_bytes, read_metrics
 from mixwright.pretrain.model import build_model, export, num_parameters
@@ -140,11 +141,10 @@ class Job:
     def _train(self, trainer: Trainer, metrics: MetricWriter | None) -> Position | None:
         """Train to the end and return where that is; None when interrupted (after a checkpoint)."""
         config = self.config
-        validation = (
-            self._held_out("validation", config.evaluation.rows_per_domain) if config.evaluation.every else None
-        )
+        validation = self._held_out("validation", config.evaluation.rows_per_domain)
         position, saved_step = self.start, self.start.step
         progress = self._progress_at_start()
+        self._at_boundary(validation, trainer, metrics, position, is_due=False)
         for record in train(trainer, self.start):
             position = record.position
             progress = _advance(progress, record, trainer.feeder.plan.policy_lsn(record.step))
@@ -152,8 +152,10 @@ class Job:
             self.mixing.tell_news(self.watcher)
             if metrics is not None:
                 _write_metrics(metrics, record, progress)
-            if validation is not None and position.step % config.evaluation.every == 0:
-                self._validate(validation, trainer, metrics, position)
+            every = config.evaluation.every
+            is_due = every > 0 and position.step % every == 0
+            if not record.stop_requested:
+                self._at_boundary(validation, trainer, metrics, position, is_due)
             if position.step % config.checkpoint.every == 0 or record.stop_requested:
                 self._save(trainer, position)
                 saved_step = position.step
@@ -164,6 +166,17 @@ class Job:
         if position.step != saved_step:
             self._save(trainer, position)
         return position
+
+    def _at_boundary(
+        self, validation: HeldOut, trainer: Trainer, metrics: MetricWriter | None, position: Position, is_due: bool
+    ) -> None:
+        """Between two steps: validate when it is due or an online policy measures here, and let it decide."""
+        found = trainer.feeder.plan.mark(position.step)
+        mark = found[1] if found and position.step < self.config.training.num_steps else None
+        if is_due or (mark is not None and mark.evaluate):
+            self._validate(validation, trainer, metrics, position)
+        if mark is not None and mark.decide == "sync":
+            trainer.await_decision(position.step, mark.timeout_s)
 
     def _save(self, trainer: Trainer, position: Position) -> None:
         checkpoint = self.checkpoints.save(self.engine, position)

@@ -74,6 +74,11 @@ class Trainer:
             grad_norm = self.engine.step(lr)  # the last micro-batch of the step updates and returns the norm
         return grad_norm or 0.0, lr, control.wait()
 
+    def await_decision(self, step: int, timeout_s: float) -> None:
+        """Wait with all ranks, at the boundary before `step`, for what an online policy decides to read from there."""
+        lsn = self.leader.await_decision(step, timeout_s) if self.leader is not None else 0
+        self.feeder.follow(self.ranks.from_leader(lsn))
+
     def _prepare_step(self, step: int) -> float:
         training = self.config.training
         seed_step(self.config.run.seed, step, self.ranks.rank)
@@ -113,7 +118,7 @@ def train(trainer: Trainer, start: Position) -> Iterator[StepRecord]:
         position = Position(step + 1, chain_digest(position.run_digest, word.digest))
         window_digest = (window_digest + word.digest) % (1 << 64)
         report = None
-        if _report_is_due(config, step) or word.stop:
+        if _report_is_due(config, step) or word.stop or feeder.plan.mark(step + 1):
             report = _report(trainer, sums, window_start, step, window_digest)
             window_start, window_digest = step + 1, 0
         feeder.follow(word.committed_lsn)
@@ -155,10 +160,17 @@ def _report(trainer: Trainer, sums: DomainSums, first_step: int, last_step: int,
         domains=losses,
         digest=f"{digest:016x}",
         attempt=trainer.attempt,
+        learning_rate=_mean_learning_rate(trainer.config, first_step, last_step),
     )
     if trainer.leader is not None:
         trainer.leader.write(report)
     return report
+
+
+def _mean_learning_rate(config: PretrainConfig, first_step: int, last_step: int) -> float:
+    steps = range(first_step, last_step + 1)
+    rates = [learning_rate(config.schedule, config.optimizer.lr, step, config.training.num_steps) for step in steps]
+    return sum(rates) / len(rates)
 
 
 def domain_loss(columns: list[float]) -> DomainLoss:

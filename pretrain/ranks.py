@@ -31,6 +31,13 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def from_leader(self, value: int) -> int:
+        """The leader's `value`, on every rank; all wait for it."""
+        word = torch.tensor([value if self.is_leader else 0], dtype=torch.int64)
+        if self.size > 1:
+            dist.all_reduce(word, group=self.control)
+        return int(word)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.control)

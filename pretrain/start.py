@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.corpora import load_corpora_config
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import DataError, JournalError, ServiceUnavailable
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.leader import check_genesis, open_run
-from mixwright.data_mixing.policy import accept
 from mixwright.data_mixing.prepare import prepare
 from mixwright.data_mixing.service import ServiceProcess, start_service
 from mixwright.data_mixing.snapshot import resume

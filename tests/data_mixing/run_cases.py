@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.domain import Cap, Domain
 from mixwright.data_mixing.entries import DomainLoss, End, Genesis, Report
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.leader import commit_body, open_run
-from mixwright.data_mixing.policy import accept
 
 SIZES = {"code": 1000, "wiki": 3000, "web-a": 100, "web-b": 300}
 FIRST_POLICY = {"kind": "temperature", "temperature": 1}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mixwright.data_mixing.answers import failure, unpack
-from mixwright.data_mixing.controller import ControllerActor, MixingController
+from mixwright.data_mixing.control import MixingController
+from mixwright.data_mixing.controller import ControllerActor
 from mixwright.data_mixing.entries import Reject
 from mixwright.data_mixing.errors import (
     JournalConflict,

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from mixwright.data_mixing.client import MixingClient
-from mixwright.data_mixing.controller import MixingController
+from mixwright.data_mixing.control import MixingController
 from mixwright.data_mixing.entries import PolicyEntry
 from mixwright.data_mixing.errors import PolicyRejected, ServiceUnavailable
 from mixwright.data_mixing.journal import read_entries

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import DomainExhausted, JournalError, StoreChanged
 from mixwright.data_mixing.feeder import Feeder, StepRows, micro_batches, store_order
 from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.leader import commit_body, open_run
-from mixwright.data_mixing.policy import accept
 from mixwright.data_mixing.store import TokenStore
 
 ROWS, STEPS = 12, 60

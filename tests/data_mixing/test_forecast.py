@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.domain import Cap
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.forecast import (
@@ -19,7 +20,6 @@ from mixwright.data_mixing.forecast import (
     soonest_step,
 )
 from mixwright.data_mixing.plan import CommittedPolicy, Plan
-from mixwright.data_mixing.policy import accept
 from mixwright.data_mixing.trace import trace
 from tests.data_mixing.run_cases import TrainerSide, genesis
 

@@ -45,7 +45,7 @@ def committed(lsn: int, step: int, digest: str = "?") -> Commit:
 def test_an_empty_history_knows_that_the_run_has_not_begun() -> None:
     history = RunHistory()
     assert not history.has_genesis
-    assert (history.last_lsn, history.last_step, history.last_commit_lsn) == (-1, -1, -1)
+    assert (history.last_lsn, history.last_step, history.last_ruling_lsn) == (-1, -1, -1)
     with pytest.raises(JournalError, match="the journal is empty: the run has no GENESIS entry yet"):
         _ = history.genesis
 
@@ -81,7 +81,7 @@ def test_commits_are_kept_in_journal_order_with_the_entry_of_their_policy() -> N
     history = told(policy([1, 0, 0]), policy([0, 1, 0]), committed(2, 0), report(1), committed(1, 7))
     assert [(c.effective_step, c.lsn) for c in history.commits] == [(0, 2), (7, 1)]
     assert history.commits[1].policy == policy([1, 0, 0])
-    assert history.last_commit_lsn == 5
+    assert history.last_ruling_lsn == 5
     assert history.num_commits == 2
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.domain import Domain
 from mixwright.data_mixing.entries import Cancel, Commit, EntryBody, Genesis, PolicyEntry
 from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Entry, Journal, read_entries, verify
 from mixwright.data_mixing.leader import Leader, open_run
-from mixwright.data_mixing.policy import accept
 
 DOMAINS = tuple(Domain(name=name, num_rows=1000, fingerprint=name) for name in ("a", "b", "c"))
 GENESIS = Genesis(

@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from mixwright.data_mixing import policies
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.entries import PROPORTION_TOTAL, PolicyEntry
 from mixwright.data_mixing.errors import PolicyRejected
 from mixwright.data_mixing.plan import CommittedPolicy, Plan
 from mixwright.data_mixing.policies.schedule import MAX_RAMP_SEGMENTS
-from mixwright.data_mixing.policy import accept, policy_kinds
+from mixwright.data_mixing.policy import policy_kinds
 from tests.data_mixing.run_cases import SIZES, genesis
 
 NAMES = list(SIZES)

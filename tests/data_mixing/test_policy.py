@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.domain import Cap
 from mixwright.data_mixing.entries import PROPORTION_TOTAL, Genesis
 from mixwright.data_mixing.errors import PolicyRejected
 from mixwright.data_mixing.history import RunHistory
-from mixwright.data_mixing.policy import MAX_DOCUMENT_VALUES, accept, policy_kinds, recordable
+from mixwright.data_mixing.policy import MAX_DOCUMENT_VALUES, policy_kinds, recordable
 from tests.data_mixing.run_cases import SIZES, TrainerSide, genesis
 
 NAMES = list(SIZES)

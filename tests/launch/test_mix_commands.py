@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.entries import Cancel
-from mixwright.data_mixing.policy import accept
 from mixwright.launch import cli
 from tests.data_mixing.run_cases import TrainerSide
 

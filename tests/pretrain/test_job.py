@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.journal import Journal, verify
-from mixwright.data_mixing.policy import accept
 from mixwright.pretrain.rundir import journal_folder
 from tests.pretrain.jobs import digests, finish, history_of, metrics, run_job, start_job, wait_for_step, write_config
 from tests.pretrain.tiny import tiny_tree
