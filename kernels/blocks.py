@@ -29,6 +29,27 @@ class RowOptions(NamedTuple):
     precise: bool = False
 
 
+class LogitBlock(NamedTuple):
+    """Rows before the row pass: hidden with dead rows zeroed, raw logits, and the memory that their gradient goes to.
+
+    The logits lie in `out_nV` already where the row kernels read its dtype.
+    """
+
+    span: slice
+    rows: HeadInputs
+    hidden_nD: Tensor
+    logits_nV: Tensor
+    out_nV: Tensor
+
+    def row_kernels(self) -> ModuleType:
+        """What transforms the logits."""
+        return row_kernels(self.out_nV.device, self.out_nV.dtype)
+
+    def gradient(self) -> Tensor:
+        """`out_nV`, after the logits were replaced by their gradient: rounded to the dtype of the inputs once."""
+        return self.out_nV if self.logits_nV is self.out_nV else self.out_nV.copy_(self.logits_nV)
+
+
 class Block(NamedTuple):
     """A span of rows after the row pass: hidden with dead rows zeroed, and the unit gradient G of `rows_torch`."""
 
@@ -63,7 +84,7 @@ class Needs(NamedTuple):
 
 
 def row_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with `unit_gradient_` and `sliced_gradient_` for a device: Triton on CUDA, except for float64."""
+    """The module with the row operations for a device: Triton on CUDA, except for float64."""
     if device.type != "cuda" or dtype == torch.float64:
         return rows_torch
     from mixwright.kernels import rows_triton  # triton is not installed on every CPU-only machine
@@ -75,19 +96,26 @@ def rows_per_scratch(vocabulary: int, row_dtype: torch.dtype, device: torch.devi
     """Rows of logits that fit the scratch of a block."""
     on_cpu = device.type == "cpu"
     budget, largest = (CPU_SCRATCH_BYTES, CPU_SCRATCH_ROWS) if on_cpu else (GPU_SCRATCH_BYTES, GPU_SCRATCH_ROWS)
-    return max(64, min(largest, budget // (vocabulary * row_dtype.itemsize)))
+    return max(64, min(largest, budget // max(1, vocabulary * row_dtype.itemsize)))
 
 
 def gradient_blocks(head: HeadInputs, cache_CV: Tensor, options: RowOptions) -> Iterator[Block]:
     """Pass over all rows. The gradient of the first C rows stays in `cache_CV`, that of the others is overwritten."""
+    for block in logit_blocks(head, cache_CV, precise=options.precise):
+        stats = _unit_gradient_(block, head, options)
+        yield Block(block.span, block.hidden_nD, block.gradient(), stats)
+
+
+def logit_blocks(head: HeadInputs, cache_CV: Tensor, *, precise: bool) -> Iterator[LogitBlock]:
+    """Raw logits of all rows, block by block: of the first C rows in `cache_CV`, of the others in one scratch."""
     num_rows, vocabulary = head.hidden_ND.shape[0], head.weight_VD.shape[0]
     num_cached, device = cache_CV.shape[0], head.hidden_ND.device
     for span in _spans(0, num_cached, CPU_CACHED_ROWS if device.type == "cpu" else GPU_CACHED_ROWS):
-        yield _gradient_block(head, span, cache_CV[span], options)
+        yield _logit_block(head, span, cache_CV[span], precise)
     block_rows = min(num_rows - num_cached, rows_per_scratch(vocabulary, head.row_dtype, device))
     scratch_nV = head.hidden_ND.new_empty(block_rows, vocabulary)
     for span in _spans(num_cached, num_rows, block_rows):
-        yield _gradient_block(head, span, scratch_nV[: span.stop - span.start], options)
+        yield _logit_block(head, span, scratch_nV[: span.stop - span.start], precise)
 
 
 def raw_logits(
@@ -131,7 +159,10 @@ def scatter_add_rows_(out_V: Tensor, index_N: Tensor, rows_N: Tensor) -> None:
     """out[index_n] += rows_n in an order that does not change from run to run: [V] += [N] or [V, D] += [N, D].
 
     On a CPU `index_add_` is sequential and `index_put_` is not; on CUDA `index_add_` is atomic and `index_put_` sorts.
+    Into 16 bits, rows of one index are summed in float32 first: a frequent class would stop growing otherwise.
     """
+    if out_V.dtype in (torch.bfloat16, torch.float16):
+        index_N, rows_N = _sum_per_index(index_N, rows_N)
     if out_V.is_cuda:
         out_V.index_put_((index_N,), rows_N.to(out_V.dtype), accumulate=True)
     else:
@@ -139,14 +170,32 @@ def scatter_add_rows_(out_V: Tensor, index_N: Tensor, rows_N: Tensor) -> None:
 
 
 def add_onehot_rows_(gradients: Gradients, head: HeadInputs, hidden_ND: Tensor, onehot_N: Tensor) -> None:
-    """Add the gradient of sum_i onehot_i * x_i[y_i], x raw logits: one row of W and one row of dW per token."""
-    targets_N = head.safe_targets()
+    """Add the gradient of sum_i onehot_i * x_i[y_i], x raw logits: one row of W and one row of dW per token.
+
+    Targets in other shards of the vocabulary are left to them.
+    """
+    columns_N, num_columns = head.columns(), head.weight_VD.shape[0]
+    if num_columns == 0:
+        return
+    inside_N = (columns_N >= 0) & (columns_N < num_columns)
+    columns_N, onehot_N = torch.where(inside_N, columns_N, 0), torch.where(inside_N, onehot_N, 0)
     if gradients.hidden_ND is not None:
-        gradients.hidden_ND.add_(onehot_N[:, None] * head.weight_VD[targets_N])
+        gradients.hidden_ND.add_(onehot_N[:, None] * head.weight_VD[columns_N])
     if gradients.weight_VD is not None:
-        scatter_add_rows_(gradients.weight_VD, targets_N, onehot_N[:, None] * hidden_ND)
+        scatter_add_rows_(gradients.weight_VD, columns_N, onehot_N[:, None] * hidden_ND)
     if gradients.bias_V is not None:
-        scatter_add_rows_(gradients.bias_V, targets_N, onehot_N)
+        scatter_add_rows_(gradients.bias_V, columns_N, onehot_N)
+
+
+def _sum_per_index(index_N: Tensor, rows_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sum with every index at most once, but for rows of zeros: [N] and float32 [N, ...], without a sync."""
+    sorted_N, order_N = index_N.sort(stable=True)
+    first_N = torch.ones_like(sorted_N, dtype=torch.bool)
+    first_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    slot_N = first_N.cumsum(0) - 1
+    sums_N = torch.zeros_like(rows_N, dtype=torch.float32)
+    scatter_add_rows_(sums_N, slot_N, rows_N[order_N])
+    return torch.zeros_like(index_N).scatter_(0, slot_N, sorted_N), sums_N
 
 
 def _float32_product(hidden_nD: Tensor, weight_vD: Tensor) -> Tensor:
@@ -159,24 +208,26 @@ def _spans(first: int, last: int, length: int) -> Iterator[slice]:
     return (slice(start, min(start + length, last)) for start in range(first, last, max(1, length)))
 
 
-def _gradient_block(head: HeadInputs, span: slice, out_nV: Tensor, options: RowOptions) -> Block:
+def _logit_block(head: HeadInputs, span: slice, out_nV: Tensor, precise: bool) -> LogitBlock:
     rows = head.rows(span)
     hidden_nD = rows.live_hidden()
+    logits_nV = raw_logits(hidden_nD, head.weight_VD, head.bias_V, out_nV, precise=precise)
+    return LogitBlock(span, rows, hidden_nD, logits_nV, out_nV)
 
+
+def _unit_gradient_(block: LogitBlock, head: HeadInputs, options: RowOptions) -> RowStats:
     def logits_of(rows_k: Tensor) -> Tensor:
-        out_kV = out_nV.new_empty(rows_k.shape[0], out_nV.shape[1])
-        return raw_logits(hidden_nD[rows_k], head.weight_VD, head.bias_V, out_kV, precise=options.precise)
+        out_kV = block.out_nV.new_empty(rows_k.shape[0], block.out_nV.shape[1])
+        hidden_kD = block.hidden_nD[rows_k]
+        return raw_logits(hidden_kD, head.weight_VD, head.bias_V, out_kV, precise=options.precise)
 
-    logits_nV = raw_logits(hidden_nD, head.weight_VD, head.bias_V, out_nV, precise=options.precise)
-    stats = row_kernels(out_nV.device, out_nV.dtype).unit_gradient_(
-        logits_nV,
-        rows.safe_targets(),
+    stats: RowStats = block.row_kernels().unit_gradient_(
+        block.logits_nV,
+        block.rows.safe_targets(),
         head.softcap,
-        rows.inv_temperature_N,
+        block.rows.inv_temperature_N,
         logits_of,
         entropy=options.entropy,
         correct=options.correct,
     )
-    if logits_nV.dtype != out_nV.dtype:
-        out_nV.copy_(logits_nV)
-    return Block(span, hidden_nD, out_nV, stats)
+    return stats

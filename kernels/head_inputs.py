@@ -27,6 +27,7 @@ class HeadInputs(NamedTuple):
     inv_temperature_N: Tensor | None
     softcap: float | None
     ignore_index: int
+    vocab_start: int = 0  # class of the weight's first row, where the weight is one shard of the vocabulary
 
     @property
     def row_dtype(self) -> torch.dtype:
@@ -40,6 +41,10 @@ class HeadInputs(NamedTuple):
     def safe_targets(self) -> Tensor:
         """Targets with an arbitrary valid class where they are ignored, int64 [N]."""
         return torch.where(self.has_target(), self.targets_N, 0)
+
+    def columns(self) -> Tensor:
+        """Row of `weight_VD` that a target belongs to, int64 [N]: outside 0..V-1 if ignored or in another shard."""
+        return torch.where(self.has_target(), self.targets_N - self.vocab_start, -1)
 
     def live_rows(self) -> Tensor:
         """Bool [N]: rows that have a target and a finite sum of hidden values. The others enter no matmul."""
@@ -58,14 +63,23 @@ class HeadInputs(NamedTuple):
 
 
 def check_head(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    softcap: float | None,
+    *,
+    may_be_empty: bool = False,
 ) -> None:
-    """Raise ValueError or TypeError, in one line, for shapes, dtypes or devices that do not fit together."""
+    """Raise ValueError or TypeError, in one line, for shapes, dtypes or devices that do not fit together.
+
+    `may_be_empty`: the weight is a shard and may have no rows.
+    """
     if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(
             f"hidden {list(hidden_ND.shape)} and weight {list(weight_VD.shape)} do not fit: expected [N, D] and [V, D]"
         )
-    if weight_VD.shape[0] == 0:
+    if weight_VD.shape[0] == 0 and not may_be_empty:
         raise ValueError("weight has no rows: a head needs at least one class")
     if targets_N.shape != hidden_ND.shape[:1]:
         raise ValueError(f"targets have shape {list(targets_N.shape)}, expected [{hidden_ND.shape[0]}] like hidden")

@@ -7,7 +7,8 @@
                      dH = a * sum_j G_j W_j        dW_j = G_j^T (a * H): each row of dW written by one matmul
 
 Upstream gradients: with dn = dL/dnll, dl = dL/dlse the logits' gradient is (a p - dn onehot) dz/dx, a = dn + dl,
-that is a G / T + dl onehot dz/dx: the second term touches one row of W and of dW per token.
+that is a G / T + dl onehot dz/dx: the second term touches one row of W and of dW per token. With dE = dL/dentropy it
+gains -dE p (log p + entropy) dz/dx, no multiple of G: all rows of that backward are formed again, as in R.
 
 Extra bytes beyond inputs and gradients, e bytes per element: A  e N V + 2 e N D;  R  e N v + 2 e N D, v columns of a
 slice. A coefficient multiplies rows of N x D, never of N x V, and no sum depends on the order of threads.
@@ -32,7 +33,7 @@ from mixwright.kernels.blocks import (
     raw_logits,
 )
 from mixwright.kernels.head_inputs import HeadInputs
-from mixwright.kernels.rows_torch import RowStats
+from mixwright.kernels.rows_torch import EntropyTerms, RowStats
 
 CPU_SLICE_BYTES, GPU_SLICE_BYTES = 4 << 20, 512 << 20
 
@@ -44,6 +45,14 @@ class RowLosses(NamedTuple):
     lse_N: Tensor
     entropy_N: Tensor
     correct_N: Tensor
+
+
+class Upstream(NamedTuple):
+    """Upstream gradients [N]; None where none arrived."""
+
+    dnll_N: Tensor | None
+    dlse_N: Tensor | None
+    dentropy_N: Tensor | None
 
 
 class Saved(NamedTuple):
@@ -74,7 +83,7 @@ def forward_late_bound(
         lse_error_N[span] = stats.nll_n - (stats.lse_n - stats.target_logit_n)
         if needs_dhidden and span.stop <= num_cached:
             torch.mm(block.gradient_nV, head.weight_VD, out=unit_dhidden_CD[span])
-    _mark_dead_rows_(losses, head)
+    mark_dead_rows_(losses, head)
     return losses, Saved(losses.lse_N, lse_error_N, slope_N, cache_CV, unit_dhidden_CD)
 
 
@@ -83,8 +92,43 @@ def backward_late_bound(
 ) -> Gradients:
     """Gradients for any upstream gradients of nll and lse. Nothing in `saved` changes: it may be called again."""
     num_cached = saved.gradient_CV.shape[0]
-    coefficient_N, onehot_N = _coefficients(head, saved, dnll_N, dlse_N)
+    coefficient_N, onehot_N = row_coefficients(head, saved, dnll_N, dlse_N)
     coefficient_N[num_cached:].mul_((-saved.lse_error_N[num_cached:]).exp())
+    return bind_coefficients(head, saved, coefficient_N, onehot_N, needs, precise=precise)
+
+
+def backward_with_entropy(
+    head: HeadInputs, saved: Saved, entropy_N: Tensor, upstream: Upstream, needs: Needs, *, precise: bool
+) -> Gradients:
+    """Gradients where one reaches the entropy too: a G - dE p (log p + entropy) = c (alpha G - epsilon p (...)).
+
+    The coefficient c = |a| + |dE| stays outside the matrix, so that 16 bits hold what is inside.
+    """
+    dnll_N = torch.zeros_like(saved.lse_N) if upstream.dnll_N is None else upstream.dnll_N
+    unit_N, onehot_N = row_coefficients(head, saved, dnll_N, upstream.dlse_N)
+    entropy_part_N, _ = row_coefficients(head, saved, upstream.dentropy_N, None)
+    coefficient_N = unit_N.abs() + entropy_part_N.abs()
+    terms = EntropyTerms(
+        torch.where(coefficient_N > 0, unit_N / coefficient_N, 0),
+        torch.where(coefficient_N > 0, entropy_part_N / coefficient_N, 0),
+        torch.where(entropy_N.isfinite(), entropy_N, 0),
+    )
+    saved = saved._replace(gradient_CV=saved.gradient_CV[:0], unit_dhidden_CD=saved.unit_dhidden_CD[:0])
+    return bind_coefficients(head, saved, coefficient_N, onehot_N, needs, precise=precise, entropy_terms=terms)
+
+
+def bind_coefficients(
+    head: HeadInputs,
+    saved: Saved,
+    coefficient_N: Tensor,
+    onehot_N: Tensor | None,
+    needs: Needs,
+    *,
+    precise: bool,
+    entropy_terms: EntropyTerms | None = None,
+) -> Gradients:
+    """Gradients of sum_i coefficient_i * G_i + onehot_i * x_i[y_i]; G was cached or is formed again."""
+    num_cached = saved.gradient_CV.shape[0]
     hidden_ND = head.live_hidden()
     bound_ND, scale = bind_rows(hidden_ND, coefficient_N)
     out = needs.empty(head)
@@ -92,7 +136,7 @@ def backward_late_bound(
     _cached_rows_into(out, saved, coefficient_N[cached], bound_ND[cached])
     if num_cached < hidden_ND.shape[0]:
         rows = head.rows(others)._replace(hidden_ND=hidden_ND[others])
-        _recomputed_rows_into(out, rows, saved, coefficient_N[others], bound_ND[others], precise)
+        _recomputed_rows_into(out, rows, saved, coefficient_N[others], bound_ND[others], precise, entropy_terms)
     if out.weight_VD is not None and scale is not None:
         out.weight_VD.mul_(scale)
     if onehot_N is not None:
@@ -100,7 +144,7 @@ def backward_late_bound(
     return out
 
 
-def _coefficients(
+def row_coefficients(
     head: HeadInputs, saved: Saved, dnll_N: Tensor | None, dlse_N: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Row coefficients of G and of onehot (None without dlse). Ignored rows: 0; dead rows: 0 stays, all else is NaN."""
@@ -128,11 +172,17 @@ def _cached_rows_into(out: Gradients, saved: Saved, coefficient_C: Tensor, bound
 
 
 def _recomputed_rows_into(
-    out: Gradients, rows: HeadInputs, saved: Saved, coefficient_n: Tensor, bound_nD: Tensor, precise: bool
+    out: Gradients,
+    rows: HeadInputs,
+    saved: Saved,
+    coefficient_n: Tensor,
+    bound_nD: Tensor,
+    precise: bool,
+    entropy_terms: EntropyTerms | None,
 ) -> None:
     """Rows that were not cached: G slice by slice of the vocabulary, added to what the cached rows left in dW."""
     hidden_nD, weight_VD, bias_V = rows.hidden_ND, rows.weight_VD, rows.bias_V
-    vocabulary, targets_n, num_rows = weight_VD.shape[0], rows.safe_targets(), hidden_nD.shape[0]
+    vocabulary, columns_n, num_rows = weight_VD.shape[0], rows.columns(), hidden_nD.shape[0]
     lse_n, lse_error_n = saved.lse_N[-num_rows:], saved.lse_error_N[-num_rows:]
     lse_n = torch.where(lse_n.isfinite(), lse_n, torch.inf)
     width = columns_per_slice(num_rows, rows.row_dtype, hidden_nD.device)
@@ -145,7 +195,7 @@ def _recomputed_rows_into(
         bias_v = None if bias_V is None else bias_V[columns]
         logits_nv = raw_logits(hidden_nD, weight_VD[columns], bias_v, out_nv, precise=precise)
         row_kernels.sliced_gradient_(
-            logits_nv, targets_n, first, rows.softcap, rows.inv_temperature_N, lse_n, lse_error_n
+            logits_nv, columns_n - first, rows.softcap, rows.inv_temperature_N, lse_n, lse_error_n, entropy_terms
         )
         gradient_nv = logits_nv.to(hidden_nD.dtype)
         if out.hidden_ND is not None:
@@ -192,7 +242,7 @@ def _store(losses: RowLosses, span: slice, stats: RowStats) -> None:
         losses.correct_N[span] = stats.correct_n
 
 
-def _mark_dead_rows_(losses: RowLosses, head: HeadInputs) -> None:
+def mark_dead_rows_(losses: RowLosses, head: HeadInputs) -> None:
     """Dead rows went through the matmuls as zeros: give them 0 where the target is ignored, else NaN."""
     live_N, has_target_N = head.live_rows(), head.has_target()
     for losses_N in (losses.nll_N, losses.lse_N, losses.entropy_N):

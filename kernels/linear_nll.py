@@ -20,7 +20,13 @@ from torch import Tensor
 
 from mixwright.kernels.blocks import Needs, RowOptions
 from mixwright.kernels.head_inputs import HeadInputs, check_head, inverse_temperature, refuse_targets_out_of_range
-from mixwright.kernels.late_bound import Saved, backward_late_bound, forward_late_bound
+from mixwright.kernels.late_bound import (
+    Saved,
+    Upstream,
+    backward_late_bound,
+    backward_with_entropy,
+    forward_late_bound,
+)
 
 Engine = Literal["auto", "cached", "recompute"]
 CPU_CACHE_BYTES, GPU_CACHE_BYTES = 256 << 20, 4 << 30
@@ -50,7 +56,7 @@ def linear_nll(
     correct: bool = False,
     precise: bool = False,
 ) -> TokenLosses:
-    """Losses of every token under a linear head; gradients flow from nll and lse to hidden, weight and bias.
+    """Losses of every token under a linear head; gradients flow from nll, lse, entropy to hidden, weight and bias.
 
     Args:
         hidden_ND: float32, bfloat16, float16 or float64; weight and bias have the same dtype.
@@ -59,8 +65,9 @@ def linear_nll(
         softcap: model logits are `cap * tanh(x / cap)`.
         cache_bytes: memory that may be kept from forward to backward; default 256 MiB on a CPU, 4 GiB on a GPU.
         engine: `cached` or `recompute` force engine A or R for all rows. R is independent of `cache_bytes` bit by bit.
-        entropy, correct: also return the entropy of the prediction (not differentiable: a gradient that reaches it
-            raises) and whether no class has a larger logit than the target.
+        entropy, correct: also return the entropy of the prediction and whether no class has a larger logit than the
+            target. A gradient that reaches the entropy is no multiple of G: that backward forms the logits of all rows
+            again, so use `engine="recompute"` (four matmuls) where it is trained on.
         precise: with 16-bit inputs, form logits in float32 (for sums of many log-probabilities).
 
     Rows whose hidden state is not finite have NaN losses; they influence nothing else as long as the upstream
@@ -74,7 +81,7 @@ def linear_nll(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden_ND, weight_VD, bias_V)
     ]
-    num_cached = _num_cached_rows(hidden_ND, weight_VD.shape[0], engine, cache_bytes) if any(needs) else 0
+    num_cached = num_cached_rows(hidden_ND, weight_VD.shape[0], engine, cache_bytes) if any(needs) else 0
     nll_N, lse_N, entropy_N, correct_N, *_ = _forward_op(
         hidden_ND,
         weight_VD,
@@ -122,7 +129,8 @@ def linear_nll_reference(
     return TokenLosses(nll_N, lse_N, entropy_N, correct_N)
 
 
-def _num_cached_rows(hidden_ND: Tensor, vocabulary: int, engine: Engine, cache_bytes: int | None) -> int:
+def num_cached_rows(hidden_ND: Tensor, vocabulary: int, engine: Engine, cache_bytes: int | None) -> int:
+    """How many rows engine A takes: as many as the budget holds, unless an engine was asked for."""
     num_rows = hidden_ND.shape[0]
     if engine == "cached":
         return num_rows
@@ -134,7 +142,7 @@ def _num_cached_rows(hidden_ND: Tensor, vocabulary: int, engine: Engine, cache_b
         cache_bytes = CPU_CACHE_BYTES if hidden_ND.device.type == "cpu" else GPU_CACHE_BYTES
     if cache_bytes < 0:
         raise ValueError(f"cache_bytes is {cache_bytes}, expected 0 or more")
-    return min(num_rows, cache_bytes // (vocabulary * hidden_ND.dtype.itemsize))
+    return min(num_rows, cache_bytes // max(1, vocabulary * hidden_ND.dtype.itemsize))
 
 
 @torch.library.custom_op("mixwright::linear_nll_forward", mutates_args=())
@@ -192,12 +200,14 @@ def _forward_fake(
 def _backward_op(
     dnll: Tensor | None,
     dlse: Tensor | None,
+    dentropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     inv_temperature: Tensor | None,
     lse: Tensor,
+    entropy: Tensor,
     lse_error: Tensor,
     target_slope: Tensor,
     gradient: Tensor,
@@ -209,7 +219,11 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = HeadInputs(hidden, weight, bias, targets, inv_temperature, softcap, ignore_index)
     saved = Saved(lse, lse_error, target_slope, gradient, unit_dhidden)
-    out = backward_late_bound(head, saved, dnll, dlse, Needs(*needs), precise=precise)
+    if dentropy is None:
+        out = backward_late_bound(head, saved, dnll, dlse, Needs(*needs), precise=precise)
+    else:
+        upstream = Upstream(dnll, dlse, dentropy)
+        out = backward_with_entropy(head, saved, entropy, upstream, Needs(*needs), precise=precise)
     dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in out)
     return dhidden, dweight, dbias
 
@@ -218,12 +232,14 @@ def _backward_op(
 def _backward_fake(
     dnll: Tensor | None,
     dlse: Tensor | None,
+    dentropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     inv_temperature: Tensor | None,
     lse: Tensor,
+    entropy: Tensor,
     lse_error: Tensor,
     target_slope: Tensor,
     gradient: Tensor,
@@ -241,24 +257,23 @@ def _backward_fake(
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, inv_temperature, softcap, ignore_index, _, needs, _, _, precise = inputs
-    _, lse, _, correct, lse_error, target_slope, gradient, unit_dhidden = output
+    _, lse, entropy, correct, lse_error, target_slope, gradient, unit_dhidden = output
     ctx.options = softcap, ignore_index, needs, precise
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(correct, lse_error, target_slope, gradient, unit_dhidden)
     # Parameters are saved by reference: under ZeRO-3 the weight is there again when the module's backward runs.
     ctx.save_for_backward(
-        hidden, weight, bias, targets, inv_temperature, lse, lse_error, target_slope, gradient, unit_dhidden
+        hidden, weight, bias, targets, inv_temperature, lse, entropy, lse_error, target_slope, gradient, unit_dhidden
     )
 
 
 def _backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if dentropy is not None and dentropy.numel():
-        raise RuntimeError("linear_nll: the entropy is not differentiable, but a gradient reached it: detach it")
+    dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy  # no entropy was asked for
     no_gradient = (None,) * 9
-    if dnll is None and dlse is None:
+    if dnll is None and dlse is None and dentropy is None:
         return (None, None, None, *no_gradient)
     softcap, ignore_index, needs, precise = ctx.options
-    gradients = _backward_op(dnll, dlse, *ctx.saved_tensors, softcap, ignore_index, needs, precise)
+    gradients = _backward_op(dnll, dlse, dentropy, *ctx.saved_tensors, softcap, ignore_index, needs, precise)
     dhidden, dweight, dbias = (grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
     return (dhidden, dweight, dbias, *no_gradient)
 

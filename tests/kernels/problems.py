@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixwright.kernels.linear_nll import TokenLosses
+from mixwright.kernels.linear_nll import TokenLosses, linear_nll_reference
 
 Head = Callable[..., TokenLosses]
 
@@ -24,6 +24,7 @@ class Problem:
     dnll_N: Tensor
     dlse_N: Tensor
     bias_V: Tensor | None = None
+    dentropy_N: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -36,16 +37,22 @@ class Problem:
             bias_V=None if self.bias_V is None else self.bias_V.to(dtype),
             dnll_N=self.dnll_N.to(row_dtype),
             dlse_N=self.dlse_N.to(row_dtype),
+            dentropy_N=None if self.dentropy_N is None else self.dentropy_N.to(row_dtype),
         )
 
     def run(self, head: Head, **options: Any) -> list[Tensor]:
-        """[nll, lse, dhidden, dweight (, dbias)] of sum(dnll * nll + dlse * lse)."""
+        """[nll, lse (, entropy), dhidden, dweight (, dbias)] of sum(dnll * nll + dlse * lse (+ dentropy * entropy))."""
         leaves = [t.detach().clone().requires_grad_() for t in (self.hidden_ND, self.weight_VD)]
         bias_V = None if self.bias_V is None else self.bias_V.detach().clone().requires_grad_()
+        if self.dentropy_N is not None and head is not linear_nll_reference:
+            options["entropy"] = True
         losses = head(*leaves, self.targets_N, bias_V=bias_V, **self.options, **options)
-        torch.autograd.backward([losses.nll_N, losses.lse_N], [self.dnll_N, self.dlse_N])
+        found, upstream = [losses.nll_N, losses.lse_N], [self.dnll_N, self.dlse_N]
+        if self.dentropy_N is not None and losses.entropy_N is not None:
+            found, upstream = [*found, losses.entropy_N], [*upstream, self.dentropy_N]
+        torch.autograd.backward(found, upstream)
         grads = [leaf.grad for leaf in (*leaves, *([] if bias_V is None else [bias_V]))]
-        return [losses.nll_N.detach(), losses.lse_N.detach(), *(g for g in grads if g is not None)]
+        return [*(value.detach() for value in found), *(g for g in grads if g is not None)]
 
 
 def random_problem(
@@ -55,6 +62,7 @@ def random_problem(
     *,
     bias: bool = False,
     ignored: float = 0.0,
+    entropy: bool = False,
     scale: float = 1.0,
     seed: int = 0,
     **options: Any,
@@ -75,6 +83,7 @@ def random_problem(
         dnll_N=upstream[0],
         dlse_N=upstream[1],
         bias_V=normal(vocabulary) if bias else None,
+        dentropy_N=normal(num_tokens) if entropy else None,
         options=options,
     )
 

@@ -30,6 +30,26 @@ def test_gradcheck_of_losses_with_all_options(engine: Any) -> None:
     assert torch.autograd.gradcheck(losses, leaves)
 
 
+def test_gradcheck_of_the_entropy_with_all_options() -> None:
+    problem = random_problem(5, 3, 7, bias=True, ignored=0.3)
+    leaves = [t.requires_grad_() for t in (problem.hidden_ND, problem.weight_VD, problem.bias_V) if t is not None]
+
+    def losses(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> tuple[Tensor | None, ...]:
+        options = {"bias_V": bias_V, "softcap": 2.0, "temperature": 0.8, "entropy": True}
+        return linear_nll(hidden_ND, weight_VD, problem.targets_N, **options)[:3]
+
+    assert torch.autograd.gradcheck(losses, leaves)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_compiled_with_entropy_equals_eager(entropy: bool) -> None:
+    problem = random_problem(32, 8, 50, ignored=0.25, entropy=True).to(torch.float32)
+    if not entropy:  # asked for, but no gradient reaches it
+        problem = replace(problem, dentropy_N=torch.zeros_like(problem.dnll_N))
+    compiled = torch.compile(linear_nll, fullgraph=True, backend="aot_eager")
+    assert_all_close(problem.run(compiled), problem.run(linear_nll), 1e-6)
+
+
 def test_gradcheck_of_the_scalar_loss() -> None:
     problem = random_problem(5, 3, 7, bias=True)
     leaves = [t.requires_grad_() for t in (problem.hidden_ND, problem.weight_VD, problem.bias_V) if t is not None]

@@ -26,6 +26,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.7},
     "row temperature": {"temperature": torch.linspace(0.5, 2.0, 37, dtype=torch.float64)},
     "large logits": {"scale": 30.0},
+    "entropy": {"entropy": True},
 }
 
 
@@ -105,6 +106,45 @@ def test_entropy_and_correct_equal_the_reference() -> None:
     assert ours.entropy_N is not None
     torch.testing.assert_close(ours.entropy_N, reference.entropy_N, rtol=1e-12, atol=1e-12)
     assert torch.equal(ours.correct_N, reference.correct_N)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 37])
+@pytest.mark.parametrize("vocabulary", [1, 2, 1003])
+def test_entropy_gradients_equal_the_reference_on_awkward_sizes(num_tokens: int, vocabulary: int, engine: str) -> None:
+    problem = random_problem(num_tokens, 8, vocabulary, entropy=True, bias=True)
+    assert_all_close(problem.run(linear_nll, **ENGINES[engine]), problem.run(linear_nll_reference), 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_entropy_gradients_of_small_dtypes(dtype: torch.dtype, tolerance: float) -> None:
+    """Coefficients of a token mean stay outside the matrix of G, which float16 could not hold."""
+    problem = random_problem(64, 16, 257, entropy=True).to(dtype)
+    assert problem.dentropy_N is not None
+    upstream = {name: getattr(problem, name) * 2e-5 for name in ("dnll_N", "dlse_N", "dentropy_N")}
+    problem = replace(problem, hidden_ND=problem.hidden_ND * 0.25, **upstream)
+    exact = problem.to(torch.float64).run(linear_nll_reference)
+    assert_all_close(problem.run(linear_nll)[4:], exact[4:], tolerance)
+
+
+def test_a_row_without_entropy_gradient_has_the_gradient_of_the_recomputing_engine() -> None:
+    problem = random_problem(37, 8, 257, entropy=True)
+    silent = replace(problem, dentropy_N=torch.zeros_like(problem.dnll_N))
+    plain = replace(problem, dentropy_N=None)
+    assert_all_close(silent.run(linear_nll)[3:], plain.run(linear_nll, engine="recompute")[2:], 1e-14)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_dead_row_of_weight_zero_has_no_influence_through_the_entropy(bad: float) -> None:
+    problem = random_problem(30, 8, 257, bias=True, entropy=True)
+    for upstream_N in (problem.dnll_N, problem.dlse_N, problem.dentropy_N):
+        assert upstream_N is not None
+        upstream_N[3] = 0.0
+    expected = problem.run(linear_nll)
+    problem.hidden_ND[3] = bad
+    found = problem.run(linear_nll)
+    assert found[2][3].isnan()
+    assert all(torch.equal(a, b) for a, b in zip(found[3:], expected[3:], strict=True))
 
 
 def test_extras_are_none_unless_asked_for() -> None:

@@ -128,14 +128,66 @@ def test_sliced_gradient_equals_the_torch_form(options: dict[str, Any]) -> None:
     for rows, dtype in ((rows_torch, torch.float64), (rows_triton, torch.float32)):
         slice_nv = logits_nv[:, 30:95].to(dtype).contiguous()
         rows.sliced_gradient_(
-            slice_nv, targets_n, 30, lse_n=lse_n.to(dtype), lse_error_n=lse_error_n.to(dtype), **settings
+            slice_nv, targets_n - 30, lse_n=lse_n.to(dtype), lse_error_n=lse_error_n.to(dtype), **settings
+        )
+        slices.append(slice_nv)
+    assert_all_close([slices[1]], [slices[0]], 2e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 65, 257])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_shard_gradient_equals_the_float64_torch_form(feature: str, columns: int) -> None:
+    """Targets inside, before and behind the shard; the torch form is held against the definition elsewhere."""
+    logits_nv, columns_n = random_logits(columns)
+    columns_n[1:4] = torch.tensor([-1, columns, 10 * columns])
+    options = {"softcap": None, "inv_temperature_n": None} | FEATURES[feature]
+    options.pop("correct", None)
+    found = []
+    for rows, dtype in ((rows_torch, torch.float64), (rows_triton, torch.float32)):
+        gradient_nv = logits_nv.to(dtype)
+        stats = rows.shard_gradient_(gradient_nv, columns_n, **options)
+        found.append([gradient_nv, *(value for value in stats if value is not None)])
+    assert_all_close(found[1], found[0], 2e-6)
+
+
+@pytest.mark.parametrize("rows", [rows_torch, rows_triton])
+def test_a_shard_without_columns_or_without_a_finite_logit_has_no_mass(rows: ModuleType) -> None:
+    for logits_nv in (torch.empty(3, 0), torch.full((3, 5), -torch.inf)):
+        stats = rows.shard_gradient_(logits_nv, torch.tensor([0, 7, -1]), None, None, entropy=True)
+        assert (stats.peak_n == -torch.inf).all()
+        assert (stats.log_sum_n == -torch.inf).all()
+        assert not logits_nv.any()
+
+
+def test_a_target_out_of_range_poisons_its_loss_and_reads_nothing_outside() -> None:
+    logits_nv, targets_n = random_logits(65)
+    targets_n[2], targets_n[4] = 65, -3
+    stats = rows_triton.unit_gradient_(logits_nv, targets_n, None, None, lambda rows: rows)
+    assert stats.nll_n.isnan().tolist() == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"inv_temperature_n": torch.linspace(0.5, 2.0, 5)}])
+def test_sliced_gradient_with_entropy_equals_the_torch_form(options: dict[str, Any]) -> None:
+    logits_nv, targets_n = random_logits(100)
+    settings = {"softcap": None, "inv_temperature_n": None} | options
+    row_n = torch.linspace(8, 12, 5), torch.linspace(-1e-3, 1e-3, 5)
+    terms = [torch.linspace(-1, 1, 5), torch.linspace(0.5, -0.5, 5), torch.linspace(0, 4, 5)]
+    slices = []
+    for rows, dtype in ((rows_torch, torch.float64), (rows_triton, torch.float32)):
+        slice_nv = logits_nv[:, 30:95].to(dtype).contiguous()
+        entropy_terms = rows_torch.EntropyTerms(*(term_n.to(dtype) for term_n in terms))
+        lse_n, lse_error_n = (value_n.to(dtype) for value_n in row_n)
+        rows.sliced_gradient_(
+            slice_nv, targets_n - 30, lse_n=lse_n, lse_error_n=lse_error_n, entropy_terms=entropy_terms, **settings
         )
         slices.append(slice_nv)
     assert_all_close([slices[1]], [slices[0]], 2e-6)
 
 
 @pytest.mark.parametrize("engine", ["cached", "recompute"])
-@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"temperature": 0.6, "bias": True, "ignored": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{"softcap": 3.0}, {"temperature": 0.6, "bias": True, "ignored": 0.3}, {"entropy": True, "softcap": 3.0}]
+)
 def test_the_whole_head_on_triton_rows(options: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "row_kernels", lambda device, dtype: rows_triton)
     problem = random_problem(12, 8, 70, **options)
@@ -159,9 +211,9 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from mixwright.kernels import rows_triton as rows
 
-flags = ("HAS_CAP", "HAS_TEMPERATURE", "ENTROPY", "CORRECT")
-scalars = {"row_stride": "i64", "vocabulary": "i32", "columns": "i32", "first_column": "i32", "softcap": "fp32"}
-special = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "correct_ptr": "*i1"}
+flags = ("HAS_CAP", "HAS_TEMPERATURE", "ENTROPY")
+scalars = {"row_stride": "i64", "columns": "i32", "softcap": "fp32"}
+special = {"logits_ptr": "*bf16", "targets_ptr": "*i64"}
 for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)):
     for kernel, on in itertools.product((rows._unit_gradient_kernel, rows._sliced_gradient_kernel), (True, False)):
         constants = {name: on for name in flags if name in kernel.arg_names} | {"BLOCK": 4096}
