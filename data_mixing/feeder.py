@@ -10,7 +10,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,12 +33,16 @@ VISIBLE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class StepRows:
-    """One rank's rows of one step, in order: tokens int64 [n, T+1], domains [n] in catalogue order, digest share."""
+    """One rank's rows of one step, in order: tokens int64 [n, T+1], domains [n] in catalogue order, digest share.
+
+    `row_n` [n] are the rows' numbers in their domains.
+    """
 
     step: int
     tokens_nS: NDArray[np.int64]
     domain_n: NDArray[np.int64]
     digest: int
+    row_n: NDArray[np.int64]
 
 
 class Feeder:
@@ -61,7 +66,9 @@ class Feeder:
         self._plan = self._history.plan()
         self._news = threading.Condition()
         self._next_step = start_step
-        self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(maxsize=prefetch_steps)
+        # Steps asked for ahead and steps that lie ready are `prefetch_steps` together: leaders count on that.
+        self._ask_ahead = min(store.ask_ahead, prefetch_steps - 1)
+        self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(maxsize=prefetch_steps - self._ask_ahead)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._prepare, name="feeder", daemon=True)
         self.wait_seconds = 0.0
@@ -133,26 +140,36 @@ class Feeder:
 
     def _prepare(self) -> None:
         """Thread: prepare steps in order until told to stop."""
+        asked: deque[Callable[[], StepRows]] = deque()
         try:
             while not self._stopping.is_set():
-                rows = self._gather_next()
-                if rows is not None:
-                    self._offer(rows)
+                self._ask(asked)
+                if asked:
+                    self._offer(asked.popleft()())
         except Exception as error:  # handed to the training thread, which raises it
             self._offer(error)
 
-    def _gather_next(self) -> StepRows | None:
-        """The next step's rows, once no decision can change them any more; None when told to stop before that."""
+    def _ask(self, asked: deque[Callable[[], StepRows]]) -> None:
+        """Ask for the rows of further steps. What is wrong with a step is said when those before it are delivered."""
+        try:
+            while len(asked) <= self._ask_ahead and (step_rows := self._ask_next(can_wait=not asked)):
+                asked.append(step_rows)
+        except Exception:
+            if not asked:
+                raise
+
+    def _ask_next(self, can_wait: bool) -> Callable[[], StepRows] | None:
+        """The next step's rows, to come, once no decision can change them any more; None before that."""
         with self._news:
             while self._plan.is_waiting(self._next_step, self._history.passes):
-                if self._stopping.is_set():
+                if not can_wait or self._stopping.is_set():
                     return None
                 self._news.wait(timeout=0.2)
-            plan, step = self._plan, self._next_step
+            step, refs = self._next_step, self._plan.rows(self._next_step, self._positions)
             self._next_step += 1
-        refs = plan.rows(step, self._positions)
-        tokens_nS = self._store.gather(self._store_index[refs.domain_n], refs.row_n).astype(np.int64)
-        return StepRows(step, tokens_nS, refs.domain_n, rows_digest(self.genesis, step, refs))
+        rows = self._store.ask(self._store_index[refs.domain_n], refs.row_n)
+        digest = rows_digest(self.genesis, step, refs)
+        return lambda: StepRows(step, rows().astype(np.int64), refs.domain_n, digest, refs.row_n)
 
     def _offer(self, item: StepRows | BaseException) -> None:
         while not self._stopping.is_set():
@@ -170,7 +187,7 @@ def store_order(genesis: Genesis, store: TokenStore) -> NDArray[np.int64]:
             f"{store.folder}: the token store has fingerprint {store.fingerprint}, but the run was started on "
             f"{genesis.store_fingerprint}: restore the old store or start a new run"
         )
-    names = [domain.name for domain in store.domains()]
+    names = store.names
     return np.array([names.index(domain.name) for domain in genesis.domains], dtype=np.int64)
 
 

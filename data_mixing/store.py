@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ class TokenStore:
     Domain indices follow `manifest.domains`. Opening reads the manifest and compares file sizes; a file is
     mapped, and compared more closely, when a row of it is first asked for.
     """
+
+    ask_ahead = 0
+    """How many `ask`s pay when they are made before their answers are needed."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -100,6 +103,10 @@ class TokenStore:
         for file, position_m in groups:
             result_NW[position_m] = self._view(layout, file).take(within_n[position_m])
         return result_NW
+
+    def ask(self, domain_n: NDArray[Any], row_n: NDArray[Any]) -> Callable[[], NDArray[Any]]:
+        """Ask for training rows that are taken later, in order of asking; `gather` when they are."""
+        return lambda: self.gather(domain_n, row_n)
 
     def _layout(self, split: str) -> _Layout:
         if split not in self._layouts:
