@@ -204,6 +204,7 @@ class RunHistory:
             del self.measures_from[root]
         if active == commit.policy_lsn:
             self.measures_from[active] = commit.effective_step
+        self.measured = _still_needed(self.measured, self._measured_since())
 
     def _report(self, report: Report) -> None:
         self.reports.append(report)

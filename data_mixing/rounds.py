@@ -121,7 +121,7 @@ def due_shadow_step(history: RunHistory, root: int) -> int | None:
         num_steps = sum(int(stretch["num_steps"]) for stretch in known[1].stretches)
     wanted = history.measures_from[root] + max(num_steps, 1)
     ends = [report.last_step + 1 for report in history.measured if report.kind == "train"]
-    return next((end for end in ends if end >= wanted), None)
+    return next((end for end in ends if wanted <= end < history.genesis.num_steps), None)
 
 
 def window_of(round_: Round, history: RunHistory, root: int, step: int) -> Window:
