@@ -79,12 +79,12 @@ class SphericalZLoss(nn.Module):
 
     def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Loss of each token, [N], float32 (float64 for double inputs); 0 where the target is ignored."""
-        _check_inputs(hidden_ND, self.weight, targets_N)
+        check_inputs(hidden_ND, self.weight, targets_N)
         moments = self._current_moments()
         if not self.deferred:
             moments = ClassMoments(*_AttachMoments.apply(self.weight, *moments))  # type: ignore[no-untyped-call]
         options = (self.sharpness, self.location, self.ignore_index, self.weight.shape[0])
-        loss_N: Tensor = _RowLosses.apply(hidden_ND, self.weight, targets_N, *moments, options)  # type: ignore[no-untyped-call]
+        loss_N: Tensor = SphericalRows.apply(hidden_ND, self.weight, targets_N, *moments, options)  # type: ignore[no-untyped-call]
         return loss_N
 
     def invalidate(self) -> None:
@@ -97,7 +97,8 @@ class SphericalZLoss(nn.Module):
         if moments is None or moments.mean_D.grad is None or moments.scatter_DD.grad is None:
             return
         with torch.no_grad():
-            dense_VD = _weight_gradient(self.weight, moments, moments.mean_D.grad, moments.scatter_DD.grad)
+            moments_grad = ClassMoments(moments.mean_D.grad, moments.scatter_DD.grad)
+            dense_VD = dense_gradient(self.weight, moments, moments_grad, self.weight.shape[0])
             self.weight.grad = dense_VD if self.weight.grad is None else self.weight.grad.add_(dense_VD)
         moments.mean_D.grad = moments.scatter_DD.grad = None
 
@@ -120,11 +121,16 @@ def class_moments(weight_VD: Tensor) -> ClassMoments:
     """Mean and centred second moment in two passes over slices of the rows: 2 V D^2 operations."""
     row_dtype = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
     mean_D = weight_VD.mean(0, dtype=row_dtype)
+    return ClassMoments(mean_D, centred_scatter(weight_VD, mean_D))
+
+
+def centred_scatter(weight_VD: Tensor, mean_D: Tensor) -> Tensor:
+    """sum_i (W_i - mean)(W_i - mean)^T, [D, D] in the dtype of the mean."""
     scatter_DD = mean_D.new_zeros(weight_VD.shape[1], weight_VD.shape[1])
     for first in range(0, weight_VD.shape[0], ROWS_PER_SLICE):
         centred_vD = weight_VD[first : first + ROWS_PER_SLICE] - mean_D
         scatter_DD.addmm_(centred_vD.T, centred_vD)
-    return ClassMoments(mean_D, scatter_DD)
+    return scatter_DD
 
 
 def spherical_z_reference(
@@ -171,8 +177,11 @@ def fit_temperature(
     return FittedPerplexity(math.exp(at_best), math.exp(best), num_tokens)
 
 
-class _RowLosses(torch.autograd.Function):
-    """Losses of rows from the moments. The weight's own gradient is that of the target rows alone."""
+class SphericalRows(torch.autograd.Function):
+    """Losses of rows from the moments. The weight's own gradient is that of the target rows alone.
+
+    `options` are sharpness, location, ignore_index and V; the weight may be a table of fetched rows instead.
+    """
 
     @staticmethod
     def forward(
@@ -238,21 +247,23 @@ class _AttachMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dmean_D: Tensor, dscatter_DD: Tensor) -> tuple[Tensor, None, None]:
         weight_VD, *moments = ctx.saved_tensors
-        return _weight_gradient(weight_VD, ClassMoments(*moments), dmean_D, dscatter_DD), None, None
+        upstream = ClassMoments(dmean_D, dscatter_DD)
+        return dense_gradient(weight_VD, ClassMoments(*moments), upstream, weight_VD.shape[0]), None, None
 
 
-def _weight_gradient(weight_VD: Tensor, moments: ClassMoments, dmean_D: Tensor, dscatter_DD: Tensor) -> Tensor:
-    """dW = (W - mean)(dQ + dQ^T) + dmean / V, slice by slice in the dtype of the weight."""
-    symmetric_DD = dscatter_DD + dscatter_DD.T
+def dense_gradient(weight_VD: Tensor, moments: ClassMoments, upstream: ClassMoments, num_classes: int) -> Tensor:
+    """dW = (W - mean)(dQ + dQ^T) + dmean / V for all rows, or some, slice by slice in the dtype of the weight."""
+    symmetric_DD = upstream.scatter_DD + upstream.scatter_DD.T
     dweight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
     for first in range(0, weight_VD.shape[0], ROWS_PER_SLICE):
         rows = slice(first, first + ROWS_PER_SLICE)
         centred_vD = weight_VD.detach()[rows] - moments.mean_D
-        dweight_VD[rows] = torch.addmm(dmean_D / weight_VD.shape[0], centred_vD, symmetric_DD)
+        dweight_VD[rows] = torch.addmm(upstream.mean_D / num_classes, centred_vD, symmetric_DD)
     return dweight_VD
 
 
-def _check_inputs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+def check_inputs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+    """Raise ValueError or TypeError, in one line, for shapes or dtypes that do not fit together."""
     if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1] or targets_N.shape != hidden_ND.shape[:1]:
         shapes = f"hidden {list(hidden_ND.shape)}, weight {list(weight_VD.shape)}, targets {list(targets_N.shape)}"
         raise ValueError(f"{shapes} do not fit: expected [N, D], [V, D], [N]")

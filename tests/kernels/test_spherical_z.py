@@ -84,7 +84,7 @@ def test_gradcheck() -> None:
 
     def losses(hidden: Tensor, weight: Tensor) -> Tensor:
         moments = spherical_z._AttachMoments.apply(weight, *spherical_z.class_moments(weight.detach()))
-        return spherical_z._RowLosses.apply(hidden, weight, targets_N, *moments, (1.3, 0.4, -100, 7))
+        return spherical_z.SphericalRows.apply(hidden, weight, targets_N, *moments, (1.3, 0.4, -100, 7))
 
     assert torch.autograd.gradcheck(losses, (hidden_ND.requires_grad_(), weight_VD.requires_grad_()))
 
