@@ -109,15 +109,15 @@ def solve_gains(share_NK: Floats, drop_NK: Floats) -> Floats | None:
 
 @dataclass(frozen=True, eq=False)
 class Gains:
-    """Posterior of the gain of each arm beside the mean arm: mean and standard error [K], in nats per unit of mass.
+    """Gain of each arm beside the mean arm [K], in nats per unit of mass: posterior mean and standard error.
 
-    signal is the share of the estimate's variance that is not noise, 0 to 1.
+    estimate_K: least squares without a prior. rate: mean fall of the target loss per unit of mass, in absolute value.
     """
 
     mean_K: Floats
     error_K: Floats
     estimate_K: Floats
-    signal: float
+    rate: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,44 +125,41 @@ class Evidence:
     """Sums of a Bayesian linear regression of the target loss's fall on the realised shares.
 
     precision_KK: sum of x x^T, moment_K: sum of x y, square: sum of y^2, freedom: observations less nuisances; x and y
-    are what is left of shares and drops after a constant and a trend in time are taken out within each window.
+    are what is left of shares and falls after a constant and a trend in time are taken out within each window.
+    fall, mass: sums over all intervals.
     """
 
     precision_KK: Floats
     moment_K: Floats
     square: float
     freedom: float
+    fall: float
+    mass: float
     unit: str
 
     @classmethod
     def none(cls, num_arms: int, unit: str) -> Evidence:
         """No observation yet."""
-        return cls(np.zeros((num_arms, num_arms)), np.zeros(num_arms), 0.0, 0.0, unit)
+        return cls(np.zeros((num_arms, num_arms)), np.zeros(num_arms), 0.0, 0.0, 0.0, 0.0, unit)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Evidence:
         """The inverse of `state`."""
-        precision_KK, moment_K = np.array(state["precision"]), np.array(state["moment"])
-        return cls(precision_KK, moment_K, state["square"], state["freedom"], state["unit"])
+        numbers = {name: state[name] for name in ("square", "freedom", "fall", "mass", "unit")}
+        return cls(precision_KK=np.array(state["precision"]), moment_K=np.array(state["moment"]), **numbers)
 
     def state(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return {
-            "precision": self.precision_KK.tolist(),
-            "moment": self.moment_K.tolist(),
-            "square": self.square,
-            "freedom": self.freedom,
-            "unit": self.unit,
-        }
+        numbers = {name: getattr(self, name) for name in ("square", "freedom", "fall", "mass", "unit")}
+        return {"precision": self.precision_KK.tolist(), "moment": self.moment_K.tolist(), **numbers}
 
     def updated(self, seen: Observations, keep: float) -> Evidence:
         """With the intervals of one more window; what was known before counts `keep` times as much as before.
 
-        The noise of a drop has one part per validation and one that grows with the steps. Sweeps are all alike; a
-        long ordinary interval counts as if its noise were that of its number of sweep intervals.
+        The noise of a fall has one part per validation and one that grows with the steps; both are taken to be equal
+        in the shortest interval.
         """
-        shortest = seen.steps_N.min()
-        weight_N = seen.mass_N / np.sqrt(0.5 + 0.5 * seen.steps_N / shortest)
+        weight_N = seen.mass_N / np.sqrt(0.5 + 0.5 * seen.steps_N / seen.steps_N.min())
         nuisance_NZ = np.stack([np.ones(len(seen)), seen.time_N - seen.time_N.mean()], axis=1)
         design_NZ = weight_N[:, None] * nuisance_NZ
         observed = np.column_stack([weight_N[:, None] * seen.share_NK, weight_N * seen.drop_N / seen.mass_N])
@@ -174,13 +171,16 @@ class Evidence:
             moment_K=keep * self.moment_K + x_NK.T @ y_N,
             square=keep * self.square + float(y_N @ y_N),
             freedom=keep * self.freedom + len(seen) - int(rank),
+            fall=keep * self.fall + float(seen.drop_N.sum()),
+            mass=keep * self.mass + float(seen.mass_N.sum()),
             unit=self.unit,
         )
 
-    def gains(self, caution: float) -> Gains | None:
-        """Empirical Bayes: the prior's width is the spread of the estimates that noise does not explain.
+    def gains(self, prior: float) -> Gains | None:
+        """Posterior under a normal prior: gains differ between arms by about `prior` times the mean fall of the loss.
 
-        `caution` multiplies the noise that has to be explained. None when the shares seen do not tell arms apart.
+        Noise that is large beside what the loss falls at all so counts for little, however large its estimates are.
+        None when the shares seen do not tell arms apart.
         """
         num_arms = len(self.moment_K)
         basis_KD = _contrasts(num_arms)
@@ -189,16 +189,13 @@ class Evidence:
         if np.linalg.matrix_rank(precision_DD, hermitian=True) < num_arms - 1:
             return None
         estimate_D = np.linalg.solve(precision_DD, moment_D)
-        noise = self._noise(float(moment_D @ estimate_D))
-        spread = float(estimate_D @ estimate_D)
-        explained = caution * noise * float(np.trace(np.linalg.inv(precision_DD)))
-        width = max(0.0, spread - explained) / (num_arms - 1)
+        noise, rate = self._noise(float(moment_D @ estimate_D)), abs(self.fall / self.mass)
+        width = (prior * rate) ** 2
         if width == 0.0:
-            return Gains(np.zeros(num_arms), np.zeros(num_arms), basis_KD @ estimate_D, 0.0)
-        posterior_DD = np.linalg.inv(precision_DD + np.eye(num_arms - 1) * (noise / width))
+            return Gains(np.zeros(num_arms), np.zeros(num_arms), basis_KD @ estimate_D, rate)
+        posterior_DD = width * np.linalg.inv(width * precision_DD + noise * np.eye(num_arms - 1))
         variance_K = np.einsum("kd,de,ke->k", basis_KD, noise * posterior_DD, basis_KD)
-        mean_K = basis_KD @ (posterior_DD @ moment_D)
-        return Gains(mean_K, np.sqrt(variance_K), basis_KD @ estimate_D, 1 - explained / spread)
+        return Gains(basis_KD @ (posterior_DD @ moment_D), np.sqrt(variance_K), basis_KD @ estimate_D, rate)
 
     def _noise(self, explained: float) -> float:
         """Variance of y: residuals of the fit, with those of the model without gains as a prior."""

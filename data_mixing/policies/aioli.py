@@ -58,7 +58,7 @@ _SCRIPTS: dict[int, tuple[int, int, int, float, float, float]] = {
 }
 """lp_rounds, lp_steps, update_steps, one_hot_factor, eta, ema of the released scripts for k = 2, 3 and 7."""
 
-_CENTRED_KEYS = ("update", "memory", "decay", "caution")
+_CENTRED_KEYS = ("update", "memory", "decay", "prior")
 
 
 class Document(OnlineDocument):
@@ -67,7 +67,8 @@ class Document(OnlineDocument):
     sweeps, sweep_steps, round_steps are the code's lp_rounds, lp_steps, update_steps. The emphasised arm of a
     perturbation has share `one_hot_factor`, or is mixed with `epsilon` of the base: uniform, in `centred` the mixture
     itself. `ema` (released) is the weight of the old matrix. `memory` (centred) is how many rounds evidence lasts,
-    `decay` the pull to the initial mixture in a round, `caution` how many times its noise a difference must exceed.
+    `decay` the pull to the initial mixture in a round, `prior` by how much the gains of arms are expected to differ, as
+    a multiple of the loss's mean fall.
     """
 
     kind: Literal["aioli"]
@@ -82,7 +83,7 @@ class Document(OnlineDocument):
     update: Literal["eg", "omd", "optimistic"] = "eg"
     memory: float = Field(default=5.0, ge=1)
     decay: float = Field(default=0.1, ge=0, le=1)
-    caution: float = Field(default=1.0, ge=0)
+    prior: float = Field(default=0.5, gt=0)
 
     @model_validator(mode="after")
     def _keys_of_the_variant(self) -> Document:
@@ -116,7 +117,7 @@ class Document(OnlineDocument):
         if self.epsilon is not None:
             return 1 - self.epsilon
         if self.one_hot_factor is None and self.variant == "centred":
-            return 0.5
+            return 0.7
         factor = self.one_hot_factor or one_hot_factor
         if factor * num_arms <= 1:
             raise PolicyRejected(
@@ -233,27 +234,26 @@ def _propose_centred(
         evidence = Evidence.from_state(state["evidence"])
     evidence = evidence.updated(seen, 1 - 1 / document.memory)
     state = {**state, "evidence": evidence.state()}
-    gains = evidence.gains(document.caution)
+    gains = evidence.gains(document.prior)
     if gains is None:
         return _hold(window, state, "the mixtures read so far do not tell the arms apart")
-    rate = float(seen.drop_N.sum() / seen.mass_N.sum())
-    score_A = _scores(gains, rate)
+    score_A = _scores(gains)
     wanted_A, memory = _step(document, score_A, share_A, state)
     diagnostics = {
         "gain": gains.mean_K.tolist(),
         "error": gains.error_K.tolist(),
         "estimate": gains.estimate_K.tolist(),
-        "signal": gains.signal,
         "score": score_A.tolist(),
-        "rate": rate,
+        "rate": gains.rate,
     }
     return Step(wanted_A, {**state, **memory}, diagnostics)
 
 
-def _scores(gains: Gains, rate: float) -> Floats:
-    """Gains relative to the fall of the loss, or to the largest gain where that is larger: within -1 to 1."""
-    scale = max(abs(rate), float(np.abs(gains.mean_K).max()))
-    return gains.mean_K / scale if scale > 0 else np.zeros_like(gains.mean_K)
+def _scores(gains: Gains) -> Floats:
+    """Gains as a multiple of the loss's mean fall, within -1 to 1."""
+    if gains.rate == 0:
+        return np.zeros_like(gains.mean_K)
+    return np.clip(gains.mean_K / gains.rate, -1, 1)
 
 
 def _step(
