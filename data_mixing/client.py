@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mixwright.data_mixing.answers import Answer, unpack
-from mixwright.data_mixing.entries import Cancel, PolicyEntry, Reject
+from mixwright.data_mixing.entries import Cancel, Pause, PolicyEntry, Reject
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import PolicyRejected, ServiceUnavailable
 from mixwright.data_mixing.journal import read_entries
@@ -53,6 +53,17 @@ class MixingClient:
         request_id = request_id or new_request_id()
         arguments = {"policy_lsn": policy_lsn, "request_id": request_id, "author": author, "why": why}
         return self._call("cancel", arguments)
+
+    def pause(self, held: bool, *, author: str = "", why: str = "", request_id: str | None = None) -> Answer:
+        """Hold the mixture of online policies, or let them decide again: entry number `lsn`. Raises PolicyRejected."""
+        request_id = request_id or new_request_id()
+        return self._call("pause", {"held": held, "request_id": request_id, "author": author, "why": why})
+
+    def roll_back(self, policy_lsn: int, *, author: str = "", why: str = "", request_id: str | None = None) -> Answer:
+        """Submit an earlier policy again, answered like `submit`. Raises PolicyRejected."""
+        request_id = request_id or new_request_id()
+        arguments = {"policy_lsn": policy_lsn, "request_id": request_id, "author": author, "why": why}
+        return self._call("roll_back", arguments)
 
     def status(self) -> Answer:
         """The run's status as plain data (`run_status.RunStatus`)."""
@@ -124,7 +135,7 @@ def reachable_service(run_dir: Path) -> ServiceRecord:
 def find_request(run_dir: Path, request_id: str) -> Entry | None:
     """The journal entry that a request led to."""
     for entry in reversed(read_entries(run_dir / "journal")):
-        if isinstance(entry.body, (PolicyEntry, Reject, Cancel)) and entry.body.request_id == request_id:
+        if isinstance(entry.body, (PolicyEntry, Reject, Cancel, Pause)) and entry.body.request_id == request_id:
             return entry
     return None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.answers import Answer
-from mixwright.data_mixing.deciding import due_entry
+from mixwright.data_mixing.deciding import cost_remarks, due_entry
 from mixwright.data_mixing.entries import Cancel, EntryBody, Lease, Pause, PolicyEntry, Reject
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import JournalConflict, PolicyRejected, ServiceUnavailable, nearest
@@ -59,8 +59,9 @@ class MixingController:
             case Reject():
                 raise PolicyRejected(entry.body.reason)
             case PolicyEntry():
-                commits = expected_commits(self._history, (entry.lsn, entry.body))
-                return {"lsn": entry.lsn, "remarks": remarks(self._history.genesis, commits, entry.lsn)}
+                commits, genesis = expected_commits(self._history, (entry.lsn, entry.body)), self._history.genesis
+                notes = remarks(genesis, commits, entry.lsn) + cost_remarks(entry.body, genesis)
+                return {"lsn": entry.lsn, "remarks": notes}
         raise PolicyRejected(f"request {request_id!r} was a {entry.type}, entry {entry.lsn}; choose another id")
 
     def cancel(self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "") -> Answer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from mixwright.data_mixing.decide import Decided
+from mixwright.data_mixing.decide import Decided, perturbation_share
 from mixwright.data_mixing.entries import Decision, EntryBody, Genesis, PolicyEntry
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.online import OnlineDocument, OnlineKind, Window
@@ -17,6 +17,7 @@ from mixwright.data_mixing.rounds import Round, due_shadow_step, due_step, windo
 
 HELD = "decisions are held"
 RESUMED = "decisions go on"
+AFFORDABLE_PERTURBATION = 0.2
 
 
 def due_entry(history: RunHistory) -> EntryBody | None:
@@ -35,6 +36,17 @@ def round_of(policy: PolicyEntry, genesis: Genesis) -> Round:
     """The online policy of a POLICY entry; raises PolicyRejected when this installation does not take it."""
     document, kind = parse(policy.document)
     return Round.of(cast(OnlineKind, kind), cast(OnlineDocument, document), genesis)
+
+
+def cost_remarks(policy: PolicyEntry, genesis: Genesis) -> list[str]:
+    """What a user should know about the price of an online policy."""
+    if not policy.marks or policy.root is not None:
+        return []
+    round_ = round_of(policy, genesis)
+    share = perturbation_share(round_.kind.stretches(round_.document, round_.arms.initial_K, 1, round_.key(1)))
+    if share <= AFFORDABLE_PERTURBATION:
+        return []
+    return [f"{share:.0%} of the steps perturb the mixture in order to learn; more than 20% is rarely worth it"]
 
 
 def recompute(decision: Decision, policy: PolicyEntry, genesis: Genesis) -> Decided:

@@ -1,13 +1,12 @@
 """`mixwright mix`: steer what a run reads while it trains, and look at what it has read and will read.
 
-`submit`, `cancel` and `up` need the run's mixing service; everything else reads the journal and works with Ray down.
-Exit codes: 0 ok, 2 bad input or rejected, 3 the service is unavailable.
+`submit`, `cancel`, `hold`, `resume`, `rollback` and `up` need the run's mixing service; everything else reads the
+journal and works with Ray down. Exit codes: 0 ok, 2 bad input or rejected, 3 the service is unavailable.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import getpass
 import json
 import time
 from pathlib import Path
@@ -18,26 +17,21 @@ from rich.live import Live
 
 from mixwright.data_mixing.config_file import read_yaml
 from mixwright.data_mixing.errors import ConfigError, PolicyRejected, ServiceUnavailable, nearest
+from mixwright.launch import mix_online
+from mixwright.launch.mix_options import ANSWER_TIMEOUT_S, AsJson, Author, PolicyFile, Run, Timeout, Why, user_name
 
 app = typer.Typer(help="Steer what a run reads while it trains, and look at it.", no_args_is_help=True)
 plan_app = typer.Typer(help="Look at the rows that a run reads.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
+for command in (mix_online.hold, mix_online.resume, mix_online.rollback, mix_online.replay_policy):
+    app.command()(command)
 
-ANSWER_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 120.0
 COMMIT_TIMEOUT_S = 600.0
 FOLLOW_INTERVAL_S = 0.2
 WATCH_INTERVAL_S = 2.0
 STILL_WAITING_S = 10.0
 
-Run = Annotated[
-    Path | None,
-    typer.Option("--run", metavar="RUN_DIR", help="the run's folder [default: the only live one in ./runs]"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="a policy document (YAML)")]
-Author = Annotated[str | None, typer.Option(help="who wants it, for the journal [default: your user name]")]
-Why = Annotated[str | None, typer.Option(help="why, for the journal")]
 """Commands import what they need when they run: `mixwright --help` should not wait for pyarrow."""
 
 
@@ -145,7 +139,7 @@ def cancel(
     run: Run = None,
     why: Why = None,
     author: Author = None,
-    timeout: Annotated[float, typer.Option(help="seconds to wait for the answer")] = ANSWER_TIMEOUT_S,
+    timeout: Timeout = ANSWER_TIMEOUT_S,
 ) -> None:
     """Withdraw a policy that has not been committed."""
     from mixwright.data_mixing.client import MixingClient
@@ -298,6 +292,7 @@ def plan_trace(
 def preview(run_dir: Path, document: dict[str, Any], as_json: bool) -> None:
     """What a policy would do: its mixture beside the one in force, and the forecast to the run's end."""
     from mixwright.data_mixing.acceptance import accept
+    from mixwright.data_mixing.deciding import cost_remarks
     from mixwright.data_mixing.forecast import expected_commits, mixture_change, remarks
     from mixwright.data_mixing.forecast import forecast as forecast_run
     from mixwright.launch import mix_tables
@@ -305,12 +300,13 @@ def preview(run_dir: Path, document: dict[str, Any], as_json: bool) -> None:
 
     _, history = open_history(run_dir)
     genesis, lsn = history.genesis, history.last_lsn + 1
-    before, after = expected_commits(history), None
-    after = expected_commits(history, (lsn, accept(document, genesis, history=history)))
+    before = expected_commits(history)
+    policy = accept(document, genesis, history=history)
+    after = expected_commits(history, (lsn, policy))
     step = next(commit.effective_step for commit in after if commit.lsn == lsn)
     changes = mixture_change(genesis, before, after, step)
     result = forecast_run(genesis, after, step, genesis.num_steps)
-    notes = remarks(genesis, after, lsn)
+    notes = remarks(genesis, after, lsn) + cost_remarks(policy, genesis)
     if as_json:
         tree = {"step": step, "mixture": [dataclasses.asdict(change) for change in changes], "remarks": notes}
         typer.echo(json.dumps({**tree, "forecast": dataclasses.asdict(result)}))
@@ -377,11 +373,3 @@ def parse_row(text: str, domains: dict[str, tuple[int, int]]) -> tuple[int, int]
     if not row.isdecimal() or int(row) >= num_rows:
         raise ConfigError(f"{text}: domain {name!r} has rows 0 to {num_rows - 1}, found row {row!r}")
     return index, int(row)
-
-
-def user_name() -> str:
-    """Who is at the keyboard, as far as the system knows."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return ""
