@@ -8,6 +8,7 @@ them except `ldr_kl`, whose value at nll 0 is a constant: leave such tokens out 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,9 +129,13 @@ def segment_means(values_N: Tensor, segment_N: Tensor, num_segments: int, counte
     if sizes_S.shape[0] > num_segments:
         raise ValueError(f"segment ids reach {sizes_S.shape[0] - 1}, expected 0..{num_segments - 1}")
     values_N = torch.where(counted_N, values_N, 0)
-    sum_S = torch.segment_reduce(values_N[order_N], "sum", lengths=sizes_S)
-    counts = counted_N[order_N].to(values_N.dtype)
-    count_S = torch.segment_reduce(counts, "sum", lengths=sizes_S)
+    counts_N = counted_N[order_N].to(values_N.dtype)
+    lengths: dict[str, Any] = {
+        "lengths": sizes_S,
+        "unsafe": True,
+    }  # torch's own check of lengths fails if there is none
+    sum_S = torch.segment_reduce(values_N[order_N], "sum", **lengths)
+    count_S = torch.segment_reduce(counts_N, "sum", **lengths)
     return sum_S / count_S.clamp(min=1), count_S
 
 

@@ -238,3 +238,10 @@ def test_parameters_out_of_range_are_refused() -> None:
         aldr_temperature(nll_N, 1)
     with pytest.raises(ValueError, match=r"segment ids reach 1, expected 0\.\.0"):
         segment_means(nll_N, torch.tensor([0, 1]), 1, nll_N > 0)
+
+
+def test_a_rank_without_segments_has_no_means() -> None:
+    nothing_N, no_segment_N = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    mean_S, count_S = segment_means(nothing_N, no_segment_N, 0, no_segment_N.bool())
+    assert mean_S.shape == count_S.shape == (0,)
+    assert spread_over_tokens(mean_S, no_segment_N, count_S, no_segment_N.bool()).shape == (0,)
