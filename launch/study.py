@@ -1,0 +1,94 @@
+"""Studies: what a method does to a model, beside the others, at equal tokens. `python launch/study.py mixing`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixwright.data_mixing.errors import MixingError
+
+if TYPE_CHECKING:
+    from mixwright.launch.proxy_tasks import Tell
+    from mixwright.pretrain.proxy import ProxyRecord
+
+CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "mixing.yaml"
+EVIDENCE = Path("docs") / "evidence"
+
+app = typer.Typer(help="Compare methods on small models.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _studies() -> None:
+    """Compare methods on small models."""
+
+
+@app.command()
+def mixing(
+    config: Annotated[Path, typer.Option(help="the study")] = CONFIG,
+    settings: Annotated[str, typer.Option(help="names, separated by commas [default: all]")] = "",
+    policies: Annotated[str, typer.Option(help="names, separated by commas, or `all`")] = "",
+    seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(min=0, help="begin no run after so long")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: here, one by one")] = 2,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster [default: RAY_ADDRESS, else a local Ray]")] = None,
+    evidence: Annotated[Path, typer.Option(help="folder of the table and the picture")] = EVIDENCE,
+) -> None:
+    """Every mixing policy at equal tokens: test perplexity beside stratified sampling, paired by seed.
+
+    Finished runs are kept and read again, so a study that was interrupted goes on.
+    """
+    from mixwright.launch.mixing_study import Study, load_study, prepare_corpora
+    from mixwright.launch.proxy_tasks import OutOfTime, executor
+    from mixwright.launch.study_report import show, write_evidence
+
+    began = time.monotonic()
+    study_config = load_study(config)
+    if seeds is not None:
+        study_config = study_config.model_copy(update={"seeds": seeds})
+    names = list(study_config.policies) if policies == "all" else _names(policies)
+    chosen = study_config.choose(_names(settings), names)
+    prepare_corpora(study_config, chosen[0])
+    study = Study(study_config, *chosen)
+    deadline = None if budget_minutes is None else began + 60 * budget_minutes
+    try:
+        with executor(
+            study_config.folder / "runs", workers, _progress(began), address=address, deadline=deadline
+        ) as execute:
+            study.fit(execute)
+            study.compare(execute)
+    except OutOfTime as error:
+        typer.echo(f"{error}; what follows is what there is", err=True)
+    show(study)
+    for path in write_evidence(study, evidence):
+        typer.echo(f"written: {path}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _progress(began: float) -> Tell:
+    def tell(done: int, total: int, record: ProxyRecord) -> None:
+        losses = " ".join(f"{name} {loss:.3f}" for name, loss in record.test.items())
+        minutes = (time.monotonic() - began) / 60
+        what = f"{record.run.policy['kind']:12s} seed {record.run.seed:4d}  {record.seconds:5.1f} s"
+        typer.echo(f"{minutes:6.1f} min  {done:3d}/{total}  {what}  {losses}")
+
+    return tell
+
+
+def main() -> None:
+    """Run the command; every expected failure is one line and its exit code."""
+    try:
+        app()
+    except MixingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
