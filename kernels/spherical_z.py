@@ -21,11 +21,13 @@ N tokens, D hidden size, V classes.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+import weakref
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mixwright.kernels.blocks import scatter_add_rows_
 from mixwright.kernels.linear_nll import linear_nll
@@ -52,8 +54,8 @@ class FittedPerplexity(NamedTuple):
 class SphericalZLoss(nn.Module):
     """Head with the spherical Z-loss on a given weight [V, D], which may be tied to an embedding.
 
-    The moments of the weight are kept until its version counter or storage changes. Updates that bypass the counter
-    (`weight.data`, a partitioned optimizer) must be followed by `invalidate()`.
+    The moments of the weight are kept until its version counter or storage changes or a torch optimizer steps (fused
+    ones bypass the counter). Other updates that bypass it (`weight.data`) must be followed by `invalidate()`.
 
     With `deferred` the dense part of the weight's gradient is formed only by `finish_gradient()`, once for all
     micro-batches of an optimizer step: call it before clipping and stepping.
@@ -76,6 +78,7 @@ class SphericalZLoss(nn.Module):
         self.ignore_index, self.deferred = ignore_index, deferred
         self._moments: ClassMoments | None = None
         self._moments_of: tuple[int, int] | None = None
+        invalidate_after_optimizer_steps(self)
 
     def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Loss of each token, [N], float32 (float64 for double inputs); 0 where the target is ignored."""
@@ -88,8 +91,18 @@ class SphericalZLoss(nn.Module):
         return loss_N
 
     def invalidate(self) -> None:
-        """Forget the moments; the next forward forms them from the weight as it is then."""
-        self._moments = self._moments_of = None
+        """Take the moments for outdated; the next forward forms them from the weight as it is then."""
+        self._moments_of = None
+
+    def has_pending_gradient(self) -> bool:
+        """Whether micro-batches left a gradient in the moments that `finish_gradient()` has not added yet."""
+        return self._moments is not None and self._moments.mean_D.grad is not None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a weight of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.invalidate()
+        invalidate_after_optimizer_steps(self)
 
     def finish_gradient(self) -> None:
         """Add to `weight.grad` what the micro-batches since the last call left in the moments (`deferred` only)."""
@@ -113,8 +126,37 @@ class SphericalZLoss(nn.Module):
         return self._moments
 
     def _refuse_to_lose_gradients(self) -> None:
-        if self._moments is not None and self._moments.mean_D.grad is not None:
+        if self.has_pending_gradient():
             raise RuntimeError("SphericalZLoss: the weight changed before finish_gradient() added its dense gradient")
+
+
+class FollowsOptimizers(Protocol):
+    """A head whose moments are those of a weight that optimizers change."""
+
+    weight: nn.Parameter
+
+    def invalidate(self) -> None: ...
+
+    def has_pending_gradient(self) -> bool: ...
+
+
+def invalidate_after_optimizer_steps(head: FollowsOptimizers) -> None:
+    """Invalidate the head's moments after steps of any torch optimizer, as long as the head lives.
+
+    A fused step changes a weight without its version counter, and a partitioned one (ZeRO) does not even know it. While
+    a gradient is pending, steps of optimizers that do not hold the weight are taken for those of other models.
+    """
+    alive = weakref.ref(head)
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        head = alive()
+        if head is None:
+            return
+        holds_weight = any(head.weight is tensor for group in optimizer.param_groups for tensor in group["params"])
+        if holds_weight or not head.has_pending_gradient():
+            head.invalidate()
+
+    weakref.finalize(head, register_optimizer_step_post_hook(after_step).remove)
 
 
 def class_moments(weight_VD: Tensor) -> ClassMoments:

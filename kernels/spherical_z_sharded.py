@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from mixwright.kernels.blocks import scatter_add_rows_
-from mixwright.kernels.spherical_z import ClassMoments, SphericalRows, centred_scatter, check_inputs, dense_gradient
+from mixwright.kernels.spherical_z import (
+    ClassMoments,
+    SphericalRows,
+    centred_scatter,
+    check_inputs,
+    dense_gradient,
+    invalidate_after_optimizer_steps,
+)
 
 FRESH, STALE, FAILED = 0, 1, 2
 
@@ -33,7 +40,8 @@ class RowShardedSphericalZLoss(nn.Module):
     order, with any number of tokens, also none. The gradient is the sum over all ranks' tokens: weigh rows by the
     global count, and keep the weight out of DDP or ZeRO, which would average or shard it again.
 
-    Moments are formed again when any rank's weight changed its version counter or storage, or was invalidated.
+    Moments are formed again when any rank's weight changed its version counter or storage, any rank's optimizer
+    stepped, or any rank called `invalidate()`.
     Call `finish_gradient()` once per optimizer step, after the last micro-batch, before clipping and stepping.
     """
 
@@ -57,6 +65,7 @@ class RowShardedSphericalZLoss(nn.Module):
         self.num_classes = sum(size for (size,) in sizes)
         self._moments: ClassMoments | None = None
         self._moments_of: tuple[int, int] | None = None
+        invalidate_after_optimizer_steps(self)
 
     def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Loss of each of this rank's tokens, [N], as in `SphericalZLoss`; targets are classes of the whole vocabulary.
@@ -76,8 +85,12 @@ class RowShardedSphericalZLoss(nn.Module):
         return loss_N
 
     def invalidate(self) -> None:
-        """Forget the moments, after updates that bypass the version counter. One rank is enough; then all form them."""
+        """Take the moments for outdated. One rank is enough; then all form them."""
         self._moments_of = None
+
+    def has_pending_gradient(self) -> bool:
+        """Whether micro-batches left a gradient in the moments that `finish_gradient()` has not added yet."""
+        return self._moments is not None and self._moments.mean_D.grad is not None
 
     def finish_gradient(self) -> None:
         """Add to this rank's `weight.grad` what the micro-batches of all ranks left in the moments. Collective."""
@@ -126,7 +139,7 @@ class RowShardedSphericalZLoss(nn.Module):
         return self._moments, exchange, owner_n.argsort(stable=True)
 
     def _form_moments(self) -> None:
-        if self._moments is not None and self._moments.mean_D.grad is not None:
+        if self.has_pending_gradient():
             raise RuntimeError("SphericalZLoss: the weight changed before finish_gradient() added its dense gradient")
         weight_vD = self.weight.detach()
         row_dtype = torch.float64 if weight_vD.dtype == torch.float64 else torch.float32

@@ -31,10 +31,18 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("vocabulary", [1, 2, 7, 64, 257, 1003])
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 37])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 64, 65, 257, 1003])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 37, 64])
 def test_every_engine_equals_the_reference_on_awkward_sizes(num_tokens: int, vocabulary: int, engine: str) -> None:
     problem = random_problem(num_tokens, 17, vocabulary)
+    assert_all_close(problem.run(linear_nll, **ENGINES[engine]), problem.run(linear_nll_reference), 1e-12)
+
+
+@pytest.mark.parametrize("hidden_size", [1, 48])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_vocabulary_of_real_size_equals_the_reference(engine: str, hidden_size: int) -> None:
+    problem = random_problem(3, hidden_size, 50257, bias=True, softcap=5.0)
+    problem.targets_N[:] = torch.tensor([0, 50256, 50176])  # the last two lie in the tail of any block
     assert_all_close(problem.run(linear_nll, **ENGINES[engine]), problem.run(linear_nll_reference), 1e-12)
 
 

@@ -119,6 +119,22 @@ def test_rows_beyond_two_to_the_31_elements_are_addressed() -> None:
     assert torch.equal(stats.lse_n.double(), expected[2])
 
 
+def test_a_slice_beyond_two_to_the_31_elements_is_addressed_and_nothing_outside_it_is_touched() -> None:
+    row_stride = 1 << 30
+    storage = torch.empty(2 * row_stride + 200, dtype=torch.bfloat16)
+    guarded_nv = storage.as_strided((3, 165), (row_stride, 1))
+    guarded_nv.fill_(torch.nan)
+    values_nv, columns_n = random_logits(65)
+    row_n = {"lse_n": torch.linspace(8, 12, 3), "lse_error_n": torch.zeros(3)}
+    slices = [guarded_nv[:, 50:115], values_nv[:3].bfloat16()]
+    slices[0].copy_(values_nv[:3])
+    for slice_nv in slices:
+        rows_triton.sliced_gradient_(slice_nv, columns_n[:3], None, None, **row_n)
+    assert torch.equal(*slices)
+    assert guarded_nv[:, :50].isnan().all()
+    assert guarded_nv[:, 115:].isnan().all()
+
+
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"inv_temperature_n": torch.linspace(0.5, 2.0, 5)}])
 def test_sliced_gradient_equals_the_torch_form(options: dict[str, Any]) -> None:
     logits_nv, targets_n = random_logits(100)

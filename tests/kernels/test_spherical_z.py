@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +110,55 @@ def test_float32_keeps_its_digits_under_an_offset_and_an_anisotropic_weight() ->
     torch.testing.assert_close(found[0].double(), exact[0], rtol=2e-4, atol=2e-4)  # raw moments would be 10 % off
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+OPTIMIZERS = [
+    (name, {})
+    for name in "SGD Adam AdamW RMSprop Adagrad Adadelta Adamax NAdam RAdam ASGD Rprop Adafactor".split()  # noqa: SIM905
+    if hasattr(torch.optim, name)
+]
+OPTIMIZERS += [(name, {form: True}) for name in ("SGD", "AdamW", "Adagrad") for form in ("fused", "foreach")]
+
+
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
 @pytest.mark.parametrize("deferred", [False, True])
-def test_moments_follow_the_weight_under_every_optimizer(optimizer: str, deferred: bool) -> None:
+def test_moments_follow_the_weight_under_every_optimizer(
+    optimizer: str, options: dict[str, bool], deferred: bool
+) -> None:
     hidden_ND, weight_VD, targets_N, upstream_N = random_inputs()
     head = SphericalZLoss(nn.Parameter(weight_VD.clone()), deferred=deferred)
-    stepper = getattr(torch.optim, optimizer)(head.parameters(), lr=0.1)
+    stepper = getattr(torch.optim, optimizer)(head.parameters(), lr=0.1, **options)
     for _ in range(3):
         run_head(head, hidden_ND, targets_N, upstream_N)
+        before_N = spherical_z_reference(hidden_ND, head.weight.detach(), targets_N)
         stepper.step()
         expected_N = spherical_z_reference(hidden_ND, head.weight.detach(), targets_N)
+        assert (expected_N - before_N).abs().max() > 1e-6
         torch.testing.assert_close(head(hidden_ND, targets_N).detach(), expected_N, rtol=1e-11, atol=1e-12)
+
+
+def test_a_copy_follows_its_own_weight_and_a_dead_head_is_let_go() -> None:
+    hidden_ND, weight_VD, targets_N, upstream_N = random_inputs()
+    head = SphericalZLoss(nn.Parameter(weight_VD.clone()))
+    run_head(head, hidden_ND, targets_N, upstream_N)
+    copied = copy.deepcopy(head)
+    gone = weakref.ref(head)
+    del head
+    assert gone() is None
+    run_head(copied, hidden_ND, targets_N, upstream_N)
+    torch.optim.AdamW(copied.parameters(), lr=0.1, fused=True).step()
+    expected_N = spherical_z_reference(hidden_ND, copied.weight.detach(), targets_N)
+    torch.testing.assert_close(copied(hidden_ND, targets_N).detach(), expected_N, rtol=1e-11, atol=1e-12)
+
+
+def test_another_models_optimizer_does_not_disturb_pending_gradients() -> None:
+    hidden_ND, weight_VD, targets_N, upstream_N = random_inputs()
+    head = SphericalZLoss(nn.Parameter(weight_VD), deferred=True)
+    head(hidden_ND, targets_N).backward(upstream_N)
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1).step()
+    head(hidden_ND, targets_N).backward(upstream_N)
+    head.finish_gradient()
+    assert head.weight.grad is not None
+    expected_VD = run_reference(hidden_ND, weight_VD.detach(), targets_N, 2 * upstream_N)[2]
+    torch.testing.assert_close(head.weight.grad, expected_VD, rtol=1e-11, atol=1e-12)
 
 
 def test_moments_are_formed_once_while_the_weight_stays_and_again_after_invalidate() -> None:

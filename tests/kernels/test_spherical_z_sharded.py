@@ -89,6 +89,7 @@ def run_cases() -> dict[str, Any]:
     results["refused"] = run_refused(groups[4])
     results["forgotten"] = run_forgotten(groups[4])
     results["dead"] = run_dead_row(groups[4])
+    results["one rank knows"] = run_changed_on_one_rank(groups[4])
     dist.destroy_process_group()
     return results
 
@@ -98,7 +99,7 @@ def head_of_rank(weight_VD: Tensor, sizes: tuple[int, ...], group: Any) -> RowSh
     return RowShardedSphericalZLoss(nn.Parameter(weight_VD[first:last].clone()), shard_group=group, **OPTIONS)
 
 
-OPTIMIZERS = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"]
+OPTIMIZERS = ["SGD", "Adam", "AdamW fused", "RMSprop", "Adagrad"]
 TRAINED = Case((1, 30, 0, 19), (8, 1, 0, 13), parts=2)
 
 
@@ -111,7 +112,8 @@ def train(optimizer: str, group: Any) -> list[Tensor]:
 
 
 def steps(head: Any, optimizer: str, hidden_ND: Tensor, targets_N: Tensor, upstream_N: Tensor) -> list[Tensor]:
-    stepper = getattr(torch.optim, optimizer)(head.parameters(), lr=0.05)
+    name, *form = optimizer.split()
+    stepper = getattr(torch.optim, name)(head.parameters(), lr=0.05, **dict.fromkeys(form, True))
     for _ in range(3):
         stepper.zero_grad()
         run_step(head, TRAINED, hidden_ND, targets_N, upstream_N)
@@ -156,6 +158,18 @@ def run_dead_row(group: Any) -> list[Tensor]:
     return run_step(head_of_rank(weight_VD, TRAINED.sizes, group), TRAINED, hidden[rank], targets[rank], upstream[rank])
 
 
+def run_changed_on_one_rank(group: Any) -> Tensor:
+    """Losses after rank 1 alone changed its rows, past the version counter, and said so."""
+    hidden, weight_VD, targets, _ = inputs_of(TRAINED)
+    rank = dist.get_rank(group)
+    head = head_of_rank(weight_VD, TRAINED.sizes, group)
+    head(hidden[rank], targets[rank])
+    if rank == 1:
+        head.weight.data.mul_(2)
+        head.invalidate()
+    return head(hidden[rank], targets[rank]).detach()
+
+
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     return run_ranks(run_cases, WORLD)
@@ -189,6 +203,13 @@ def test_moments_follow_the_shards_under_every_optimizer(ranks: list[dict[str, A
     found_VD = torch.cat([rank[optimizer][0] for rank in ranks])
     assert (expected_VD - weight_VD).abs().max() > 1e-3
     torch.testing.assert_close(found_VD, expected_VD, rtol=1e-9, atol=1e-10)
+
+
+def test_what_one_rank_invalidates_all_of_them_form_again(ranks: list[dict[str, Any]]) -> None:
+    hidden, weight_VD, targets, _ = inputs_of(TRAINED)
+    weight_VD[1:31] *= 2
+    expected_N = SphericalZLoss(nn.Parameter(weight_VD), **OPTIONS)(torch.cat(hidden), torch.cat(targets)).detach()
+    torch.testing.assert_close(torch.cat([rank["one rank knows"] for rank in ranks]), expected_N)
 
 
 def test_bad_input_of_one_rank_is_refused_on_all_of_them(ranks: list[dict[str, Any]]) -> None:

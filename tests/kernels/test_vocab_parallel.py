@@ -79,7 +79,8 @@ def frequent_class_in_16_bits() -> Problem:
     """A thousand rows of one class: what is owed to its shard is a sum that 16 bits cannot count."""
     problem = random_problem(1000, 16, 30).to(torch.bfloat16)
     upstream_N = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 0.5
-    return replace(problem, targets_N=torch.full((1000,), 3), dnll_N=upstream_N, dlse_N=torch.zeros(1000))
+    one_class = {"hidden_ND": problem.hidden_ND.abs(), "targets_N": torch.full((1000,), 3)}
+    return replace(problem, dnll_N=upstream_N, dlse_N=torch.zeros(1000), **one_class)
 
 
 def dead_rows(weight: float) -> Problem:
