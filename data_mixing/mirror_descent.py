@@ -21,7 +21,7 @@ def exponentiated(shares: ArrayLike, scores: ArrayLike, eta: float) -> NDArray[n
     return np.asarray(grown_K / grown_K.sum(), dtype=np.float64)
 
 
-def step_size(num_arms: int, variation: float, bound: float = 1.0, delta: float = 1.0) -> float:
+def step_size(num_arms: int, variation: float, bound: float = 1.0, delta: float = 0.01) -> float:
     """eta = D / sqrt(delta + 4 G^2 + V) with D^2 = ln K: G bounds the scores, V = sum of |score - hint|_inf^2."""
     return math.sqrt(math.log(num_arms)) / math.sqrt(delta + 4 * bound * bound + variation)
 

@@ -31,6 +31,7 @@ from mixwright.data_mixing.permutation import mix_key, permute
 
 Floats = NDArray[np.float64]
 Variant = Literal["paper", "released", "centred"]
+State = dict[str, Any]
 
 PERTURBED_PART = 0.2
 """Largest part of a round that a centred policy perturbs unless `round_steps` says otherwise."""
@@ -58,6 +59,11 @@ _SCRIPTS: dict[int, tuple[int, int, int, float, float, float]] = {
 }
 """lp_rounds, lp_steps, update_steps, one_hot_factor, eta, ema of the released scripts for k = 2, 3 and 7."""
 
+_CENTRED = (2, 4, 0, 0.0, 5.0, 0.0)
+_CENTRED_EPSILON = 0.3
+_DECAY = {"eg": 0.5, "omd": 0.1, "optimistic": 0.1}
+"""Found on the synthetic worlds of configs/worlds, one setting for all of them (docs/policies.md)."""
+
 _CENTRED_KEYS = ("update", "memory", "decay", "prior")
 
 
@@ -81,9 +87,9 @@ class Document(OnlineDocument):
     eta: float | None = Field(default=None, ge=0)
     ema: float | None = Field(default=None, ge=0, lt=1)
     update: Literal["eg", "omd", "optimistic"] = "eg"
-    memory: float = Field(default=5.0, ge=1)
-    decay: float = Field(default=0.1, ge=0, le=1)
-    prior: float = Field(default=0.5, gt=0)
+    memory: float = Field(default=10.0, ge=1)
+    decay: float | None = Field(default=None, ge=0, le=1)
+    prior: float = Field(default=0.15, gt=0)
 
     @model_validator(mode="after")
     def _keys_of_the_variant(self) -> Document:
@@ -101,7 +107,7 @@ class Document(OnlineDocument):
         """Sizes for so many arms, with the variant's defaults; raises PolicyRejected."""
         script = _SCRIPTS.get(num_arms, _SCRIPTS[7])
         if self.variant == "centred":
-            script = (2, 4, 0, 0.0, 1.0, 0.0)
+            script = _CENTRED
         sweeps, sweep_steps = self.sweeps or script[0], self.sweep_steps or script[1]
         round_steps = self.round_steps or script[2] or math.ceil(sweeps * sweep_steps * num_arms / PERTURBED_PART)
         return Sizes(
@@ -117,7 +123,7 @@ class Document(OnlineDocument):
         if self.epsilon is not None:
             return 1 - self.epsilon
         if self.one_hot_factor is None and self.variant == "centred":
-            return 0.7
+            return 1 - _CENTRED_EPSILON
         factor = self.one_hot_factor or one_hot_factor
         if factor * num_arms <= 1:
             raise PolicyRejected(
@@ -256,22 +262,20 @@ def _scores(gains: Gains) -> Floats:
     return np.clip(gains.mean_K / gains.rate, -1, 1)
 
 
-def _step(
-    document: Document, score_K: Floats, share_K: Floats, state: Mapping[str, Any]
-) -> tuple[Floats, dict[str, Any]]:
-    """The next mixture and what the next step needs to know."""
-    num_arms = len(share_K)
-    prior_K = np.array(state["prior"])
-    pulled_K = share_K ** (1 - document.decay) * prior_K**document.decay
-    fixed = document.eta
+def _step(document: Document, score_A: Floats, share_A: Floats, state: Mapping[str, Any]) -> tuple[Floats, State]:
+    """The next mixture, and what the step after it needs to know."""
+    prior_A = np.array(state["prior"])
+    decay = _DECAY[document.update] if document.decay is None else document.decay
     if document.update == "eg":
-        return exponentiated(pulled_K, score_K, document.sizes(num_arms).eta), {}
-    hint_K = np.array(state.get("hint", np.zeros(num_arms)))
+        eta = document.sizes(len(share_A)).eta
+        return exponentiated(share_A ** (1 - decay) * prior_A**decay, score_A, eta), {}
+    largest = max(float(state.get("largest", 0.0)), float(np.abs(score_A).max()))
+    hint_A = np.array(state.get("hint", np.zeros(len(share_A)))) if document.update == "optimistic" else 0.0 * score_A
     variation = float(state.get("variation", 0.0))
-    eta = step_size(num_arms, variation) if fixed is None else fixed
+    eta = step_size(len(share_A), variation, largest) if document.eta is None else document.eta
+    memory: State = {"largest": largest, "variation": variation + surprise(score_A, hint_A)}
     if document.update == "omd":
-        return exponentiated(pulled_K, score_K, eta), {"variation": variation + surprise(score_K, np.zeros(num_arms))}
-    anchor_K = np.array(state.get("anchor", share_K))
-    anchor_K = exponentiated(anchor_K ** (1 - document.decay) * prior_K**document.decay, score_K, eta)
-    memory = {"anchor": anchor_K.tolist(), "hint": score_K.tolist(), "variation": variation + surprise(score_K, hint_K)}
-    return exponentiated(anchor_K, score_K, eta), memory
+        return exponentiated(share_A ** (1 - decay) * prior_A**decay, score_A, eta), memory
+    anchor_A = np.array(state.get("anchor", share_A))
+    anchor_A = exponentiated(anchor_A ** (1 - decay) * prior_A**decay, score_A, eta)
+    return exponentiated(anchor_A, score_A, eta), memory | {"anchor": anchor_A.tolist(), "hint": score_A.tolist()}
