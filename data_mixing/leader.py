@@ -70,6 +70,14 @@ class Leader:
         """Entry of the newest commit (or pass) that is safely in the journal."""
         return self._announced_lsn
 
+    def sealed(self) -> tuple[int, int]:
+        """(step, entry): steps before this one follow from the journal up to this entry, whatever comes later."""
+        with self._state:
+            step = self._current_step + self._lead_steps
+            if self._writing_effective_step is not None:
+                step = min(step, self._writing_effective_step)
+            return step, self._announced_lsn
+
     def begin_step(self, step: int) -> None:
         """Say that `step` begins. Waits only while a commit that this step comes too close to is being written."""
         self._raise_failure()
