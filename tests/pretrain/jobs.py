@@ -84,6 +84,13 @@ def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
+def mixwright(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The installed command."""
+    return subprocess.run(
+        [str(BIN / "mixwright"), *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
 def history_of(run_dir: Path) -> RunHistory:
     return read_history(run_dir)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from mixwright.data_mixing.deciding import differences, recompute
 from mixwright.data_mixing.entries import Decision
 from mixwright.data_mixing.journal import read_entries, verify
 from mixwright.pretrain.rundir import journal_folder
-from tests.pretrain.jobs import digests, finish, history_of, metrics, run_job, start_job, wait_for_step, write_config
+from tests.pretrain.jobs import (
+    digests,
+    finish,
+    history_of,
+    metrics,
+    mixwright,
+    run_job,
+    start_job,
+    wait_for_step,
+    write_config,
+)
 from tests.pretrain.tiny import tiny_tree
 
 NUM_STEPS = 40
@@ -91,3 +102,53 @@ def test_without_a_controller_the_job_waits_once_and_goes_on(tiny_store: Path, t
     history = verify(journal_folder(tmp_path / "run" / "tiny"))
     assert [step for _, step in history.passes] == [6]
     assert "no decision came in time" in output
+
+
+def command(run_dir: Path, *arguments: str) -> str:
+    done = mixwright("mix", *arguments, "--run", str(run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wait_for_decisions(run_dir: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(decisions(run_dir)) < count:
+        assert time.monotonic() < deadline, f"{len(decisions(run_dir))} decisions"
+        time.sleep(0.1)
+
+
+def test_people_submit_hold_resume_and_roll_back_an_online_policy_of_a_running_job(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    tree = tiny_tree(tmp_path / "run", tiny_store, training__num_steps=100_000, mixing__service="required")
+    config, run_dir, policy = write_config(tmp_path, tree), tmp_path / "run" / "tiny", tmp_path / "odm.yaml"
+    policy.write_text("kind: odm\nround_steps: 20\n")
+    job = start_job(config)
+    wait_for_step(run_dir, 2, job)
+    command(run_dir, "submit", str(policy), "--why", "try", "--wait")
+    wait_for_decisions(run_dir, 3)
+    assert "online decisions are not held" in mixwright("mix", "resume", "--run", str(run_dir)).stderr
+    assert "decisions are held" in command(run_dir, "hold", "--why", "look")
+    deadline = time.monotonic() + 60
+    while decisions(run_dir)[-1].reason != "decisions are held" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    count = len(decisions(run_dir))
+    assert "go on" in command(run_dir, "resume")
+    wait_for_decisions(run_dir, count + 3)
+    assert "the same" in command(run_dir, "replay-policy")
+    earlier = next(lsn for lsn, body in history_of(run_dir).policies.items() if body.root is not None)
+    command(run_dir, "rollback", str(earlier))
+    deadline = time.monotonic() + 60
+    while history_of(run_dir).active_root() is not None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    code, output = finish(job)
+    assert code == 75, output[-3000:]
+    history = verify(journal_folder(run_dir))
+    last, back = history.commits[-1], history.policies[earlier]
+    assert last.policy.why == f"rollback to policy {earlier}"
+    assert history.plan().proportions(last.effective_step) == pytest.approx(
+        history.plan().proportions(next(c.effective_step for c in history.commits if c.lsn == earlier))
+    )
+    assert back.decision_lsn is not None

@@ -11,23 +11,17 @@ import pytest
 
 from mixwright.data_mixing.entries import Checkpoint
 from tests.pretrain.jobs import (
-    BIN,
     digests,
     finish,
     history_of,
     metrics,
+    mixwright,
     run_job,
     start_job,
     wait_for_step,
     write_config,
 )
 from tests.pretrain.tiny import tiny_tree
-
-
-def mixwright(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(BIN / "mixwright"), *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 @pytest.mark.ray
