@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from mixwright.data_mixing.errors import (
+    DataError,
     JournalConflict,
     JournalError,
     MixingError,
     PlanMismatch,
     PolicyRejected,
     ServiceUnavailable,
+    StoreChanged,
 )
 
 Answer = dict[str, Any]
@@ -18,7 +20,16 @@ Answer = dict[str, Any]
 MAX_MESSAGE_CHARACTERS = 400
 
 _ERRORS: dict[str, type[MixingError]] = {
-    error.__name__: error for error in (JournalConflict, JournalError, PlanMismatch, PolicyRejected, ServiceUnavailable)
+    error.__name__: error
+    for error in (
+        DataError,
+        JournalConflict,
+        JournalError,
+        PlanMismatch,
+        PolicyRejected,
+        ServiceUnavailable,
+        StoreChanged,
+    )
 }
 
 

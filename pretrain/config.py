@@ -125,7 +125,8 @@ class MixingConfig(StrictModel):
 
     `policy` is a policy document or the path of one. A policy becomes effective at least `lead_steps` after it
     is seen. `service`: `auto` trains on without a controller when Ray cannot start, `required` stops instead
-    (exit code 3), `none` starts none.
+    (exit code 3), `none` starts none. `feed: actor` reads rows through the Ray cluster, on nodes without the store;
+    rows that do not come within `feed_timeout_s` end the job (exit code 3).
     """
 
     policy: Path | dict[str, Any]
@@ -135,6 +136,8 @@ class MixingConfig(StrictModel):
     service: Literal["auto", "required", "none"] = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; None: RAY_ADDRESS, else a local Ray")
     service_timeout_s: float = Field(default=60.0, gt=0)
+    feed: Literal["local", "actor"] = "local"
+    feed_timeout_s: float = Field(default=60.0, gt=0)
 
     @model_validator(mode="after")
     def _lead_covers_prefetch(self) -> MixingConfig:

@@ -29,7 +29,7 @@ from mixwright.pretrain.progress import Progress, Watcher
 from mixwright.pretrain.ranks import Ranks, launched_rank
 from mixwright.pretrain.report import write_report
 from mixwright.pretrain.rundir import journal_folder, read_history, sole_trainer, write_resolved_config
-from mixwright.pretrain.start import MixingSide, StopRequest, ensure_store, open_mixing
+from mixwright.pretrain.start import MixingSide, StopRequest, ensure_store, open_mixing, open_store
 
 EXIT_INTERRUPTED = 75
 """EX_TEMPFAIL: nothing is wrong, run the same command again."""
@@ -47,7 +47,7 @@ def run_job(config: PretrainConfig, watcher: Watcher) -> int:
             return 0
         ranks = start_ranks(watcher.say)
         stack.callback(ranks.leave)
-        store = TokenStore.open(config.data.store)
+        store = stack.enter_context(open_store(config, ranks))
         mixing = stack.enter_context(open_mixing(config, store, ranks, watcher))
         if ranks.is_leader:
             write_resolved_config(config.run_dir, config)

@@ -12,6 +12,7 @@ from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.corpora import load_corpora_config
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import DataError, JournalError, ServiceUnavailable
+from mixwright.data_mixing.feed import served_store
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.leader import check_genesis, open_run
@@ -49,7 +50,7 @@ class StopRequest:
 
 def ensure_store(config: PretrainConfig, watcher: Watcher) -> None:
     """Prepare the token store when it is missing and the configuration says from what."""
-    if (config.data.store / "manifest.json").exists():
+    if config.mixing.feed == "actor" or (config.data.store / "manifest.json").exists():
         return
     if config.data.prepare is None:
         raise DataError(
@@ -66,6 +67,24 @@ def ensure_store(config: PretrainConfig, watcher: Watcher) -> None:
             watcher.say(f"  {stage} ...")
 
     prepare(corpora, config.data.prepare.parent, progress=tell_stage)
+
+
+@contextlib.contextmanager
+def open_store(config: PretrainConfig, ranks: Ranks) -> Iterator[TokenStore]:
+    """The token store on this node, or, with `mixing.feed: actor`, as other nodes serve it."""
+    mixing = config.mixing
+    if mixing.feed == "local":
+        yield TokenStore.open(config.data.store)
+        return
+    with served_store(
+        config.run_dir,
+        config.data.store,
+        mixing.address,
+        rows_per_ask=config.training.rows_per_step // ranks.size,
+        prefetch_steps=mixing.prefetch_steps,
+        timeout_s=mixing.feed_timeout_s,
+    ) as store:
+        yield store
 
 
 def genesis_of(config: PretrainConfig, store: TokenStore) -> Genesis:
