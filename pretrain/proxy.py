@@ -287,22 +287,23 @@ def finished(
 def run_key(run: ProxyRun, store_fingerprint: str) -> str:
     """Names a run by everything that decides its result: what it says, its store's content, the code's version.
 
-    The version of the policy's code is its source: policies are worked on while studies of them exist.
+    The version of an online policy's code is its source: policies are worked on while studies of them exist.
+    Raises PolicyRejected for an unknown kind.
     """
     content = {
         "version": CODE_VERSION,
         "type": type(run).__name__,
-        "policy": _policy_source(str(run.policy.get("kind"))),
         "store": store_fingerprint,
         **run.model_dump(mode="json", exclude={"store"}),
     }
+    kind = find_kind(run.policy.get("kind"))
+    if hasattr(kind, "propose"):
+        content["code"] = _policy_source(Path(str(getattr(kind, "__file__", ""))))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _policy_source(kind: str) -> str:
+def _policy_source(path: Path) -> str:
     """The code of a policy's kind and of what it imports of ours, one level deep, without comments and layout."""
-    module = find_kind(kind)
-    path = Path(str(getattr(module, "__file__", "")))
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
     ours = [path.parent.parent / f"{name.rpartition('.')[2]}.py" for name in names if name.startswith(_DATA_MIXING)]

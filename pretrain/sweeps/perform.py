@@ -24,10 +24,10 @@ def find_record(run: ProxyRun, folder: Path, fingerprint: str) -> ProxyRecord | 
     """The record of a finished run, None when there is none; raises ConfigError for a file that is none."""
     path = folder / f"{run_key(run, fingerprint)}.json"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not the record of a run ({error}); remove it to run again") from None
     record = validate(ProxyRecord, {**tree, "run": run}, str(path))
     return record
