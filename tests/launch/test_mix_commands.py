@@ -14,8 +14,12 @@ import pytest
 
 from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.entries import Cancel
+from mixwright.data_mixing.journal import Journal
+from mixwright.data_mixing.store import TokenStore
 from mixwright.launch import cli
+from tests.data_mixing.live_run import ControllerThread, LiveRun
 from tests.data_mixing.run_cases import TrainerSide
+from tests.data_mixing.test_rounds import history_of
 
 Output = tuple[int, str, str]
 Command = Callable[..., Output]
@@ -197,11 +201,40 @@ def test_options_override_the_document(trainer: TrainerSide, mix: Command) -> No
 
 
 def test_verbs_of_the_service_are_exit_3_without_one(trainer: TrainerSide, mix: Command) -> None:
-    for arguments in (["submit", "code.yaml"], ["cancel", "4"]):
+    for arguments in (["submit", "code.yaml"], ["cancel", "4"], ["hold"], ["resume"], ["rollback", "1"]):
         code, out, err = mix(*arguments)
         assert (code, out) == (3, "")
         assert err.startswith("error: run 'exp' has no mixing service; start it with `mixwright mix up --run runs/exp`")
     assert mix("down") == (0, "run 'exp' has no mixing service\n", "")
+
+
+def test_decisions_are_shown_recomputed_and_a_forged_one_is_exit_1(
+    tiny_store: Path, workplace: Path, mix: Command
+) -> None:
+    assert mix("replay-policy", "--run", "runs/none")[0] == 2
+    run = LiveRun(Path("runs/live/journal"), TokenStore.open(tiny_store), 40, {"kind": "odm", "round_steps": 10})
+    with ControllerThread(run.folder) as thread:
+        run.run()
+        thread.call("pause", True, author="ann", why="look")
+    decisions = run.entries("DECISION")
+    code, out, _ = mix("replay-policy")
+    assert (code, out) == (0, "".join(f"decision {entry.lsn}: the same\n" for entry in decisions))
+    shown = mix("log")[1]
+    assert f"policy {decisions[0].body.policy_lsn} at step 10: propose letters 33.33 %" in shown
+    assert "decisions are held by ann (look)" in shown
+    assert "entry 1 is no decision of run 'live'" in mix("replay-policy", "1")[2]
+    forged = decisions[-1].body.model_copy(update={"shares": (0.5, 0.25, 0.25)})
+    Journal(run.folder, "forger", after=history_of(run.folder)).append(forged)
+    code, out, _ = mix("replay-policy")
+    assert (code, out.count("differs")) == (1, 1)
+    assert "shares: journaled (0.5, 0.25, 0.25), recomputed (" in out
+
+
+def test_the_price_of_perturbing_is_told_before_it_is_paid(trainer: TrainerSide, mix: Command) -> None:
+    Path("dear.yaml").write_text("kind: aioli\nvariant: paper\nsweeps: 2\nsweep_steps: 10\nround_steps: 100\n")
+    assert "80% of the steps perturb the mixture in order to learn" in mix("submit", "dear.yaml", "--dry-run")[1]
+    Path("fair.yaml").write_text("kind: aioli\nvariant: paper\nsweeps: 1\nsweep_steps: 4\nround_steps: 100\n")
+    assert "perturb" not in mix("submit", "fair.yaml", "--dry-run")[1]
 
 
 def test_a_service_that_cannot_attach_is_exit_3(trainer: TrainerSide, mix: Command) -> None:
