@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mixwright.data_mixing.domain import Domain
 from mixwright.data_mixing.errors import PolicyRejected
-from mixwright.data_mixing.guard import with_floor
+from mixwright.data_mixing.guard import normalised, with_floor
 from mixwright.data_mixing.mixture import assign, shares
 from mixwright.data_mixing.online import MAX_ARMS, Losses, OnlineDocument
 
@@ -73,14 +73,14 @@ def arms_of(document: OnlineDocument, domains: Sequence[Domain]) -> Arms:
         arm_of_G[list(indices)] = arm
         within_G[list(indices)] = rows_G[list(indices)] / rows_G[list(indices)].sum()
     groups = tuple(members.values())
-    floor = document.guard.floor
-    initial = _arm_shares(document.initial, catalogue, groups, "initial") or tuple([1 / len(groups)] * len(groups))
     document.check_arms(tuple(members))
+    initial = _arm_shares(document.initial, catalogue, groups, "initial") or document.start(tuple(members))
+    initial_K = with_floor(normalised(initial or [1.0] * len(groups), len(groups)), document.guard.floor)
     return Arms(
         names=tuple(members),
         members=groups,
         rows_K=tuple(int(rows_G[list(indices)].sum()) for indices in groups),
-        initial_K=tuple(with_floor(np.array(initial), floor).tolist()),
+        initial_K=tuple(initial_K.tolist()),
         target_K=_arm_shares(document.target, catalogue, groups, "target"),
         fallback_K=_arm_shares(document.guard.fallback, catalogue, groups, "guard.fallback"),
         arm_of_G=arm_of_G,

@@ -61,6 +61,10 @@ class OnlineDocument(PolicyDocument):
     def check_arms(self, names: tuple[str, ...]) -> None:
         """Check keys that name arms against the run's; raises PolicyRejected."""
 
+    def start(self, names: tuple[str, ...]) -> Sequence[float] | None:
+        """Shares of the arms [K] to start from when `initial` is not given; None: all arms alike."""
+        return None
+
 
 class Stretch(StrictModel):
     """`num_steps` steps of one mixture, shares [K] with sum 1; validated at its end when `evaluate` is set."""
