@@ -62,7 +62,7 @@ bench-data: install  ## row gather, plan and journal
 	$(BIN)/python -m tests.benchmarks.bench_plan
 
 bench-kernels: install  ## loss kernels beside plain torch
-	$(BIN)/python -m tests.benchmarks.bench_linear_nll
+	$(BIN)/python -m mixwright.kernels.bench
 
 clean:  ## remove the virtual environment and caches; runs are kept
 	rm -rf $(VENV) .typecheck .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,10 +1,10 @@
 """Loss heads beside plain torch: time in interleaved rounds of one process, peak memory in a process per provider.
 
-    python -m tests.benchmarks.bench_linear_nll [--rounds 12] [--shapes 2048,256,8192 4096,512,32768] [--out FOLDER]
+    python -m mixwright.kernels.bench [--rounds 12] [--shapes 2048,256,8192 4096,512,32768] [--out FOLDER]
 
 Every provider computes the losses of N tokens and all gradients; "late" ones get row weights that depend on those
 losses (softmax over the mean losses of 16 sequences), "mean" ones the token mean. The yardstick is three bare matmuls.
-Writes bench_linear_nll.json and .png. Use minima on a shared machine.
+Writes kernels.json and .png. Use minima on a shared machine.
 """
 
 from __future__ import annotations
@@ -51,56 +51,58 @@ def three_matmuls(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> No
 def materialised_late(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """F.cross_entropy(F.linear) without reduction."""
     nll_N = F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N, reduction="none")
-    (nll_N * late_weights(nll_N)).sum().backward()
+    torch.autograd.backward((nll_N * late_weights(nll_N)).sum())
 
 
 def materialised_mean(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """F.cross_entropy(F.linear) with its mean."""
-    F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N).backward()
+    torch.autograd.backward(F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N))
 
 
 def torch_fused_late(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """torch's own chunked head, without reduction."""
     options = torch.nn.LinearCrossEntropyOptions()
     nll_N = F.linear_cross_entropy(hidden_ND, weight_VD, targets_N, reduction="none", options=options)
-    (nll_N * late_weights(nll_N)).sum().backward()
+    torch.autograd.backward((nll_N * late_weights(nll_N)).sum())
 
 
 def torch_fused_mean(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """torch's own chunked head with its mean."""
-    F.linear_cross_entropy(hidden_ND, weight_VD, targets_N, options=torch.nn.LinearCrossEntropyOptions()).backward()
+    torch.autograd.backward(
+        F.linear_cross_entropy(hidden_ND, weight_VD, targets_N, options=torch.nn.LinearCrossEntropyOptions())
+    )
 
 
 def cached_late(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """linear_nll, engine A."""
     nll_N = linear_nll(hidden_ND, weight_VD, targets_N, engine="cached").nll_N
-    (nll_N * late_weights(nll_N)).sum().backward()
+    torch.autograd.backward((nll_N * late_weights(nll_N)).sum())
 
 
 def recompute_late(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """linear_nll, engine R."""
     nll_N = linear_nll(hidden_ND, weight_VD, targets_N, engine="recompute").nll_N
-    (nll_N * late_weights(nll_N)).sum().backward()
+    torch.autograd.backward((nll_N * late_weights(nll_N)).sum())
 
 
 def stream_mean(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """linear_loss, engine S."""
     row_weight_N = torch.full(targets_N.shape, 1 / targets_N.numel(), device=targets_N.device)
-    linear_loss(hidden_ND, weight_VD, targets_N, row_weight_N).loss_sum.backward()
+    torch.autograd.backward(linear_loss(hidden_ND, weight_VD, targets_N, row_weight_N).loss_sum)
 
 
 def liger_late(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """Liger's fused head without reduction, where it is installed."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
     nll_N = functional.liger_fused_linear_cross_entropy(hidden_ND, weight_VD, targets_N, reduction="none")
-    (nll_N * late_weights(nll_N)).sum().backward()
+    torch.autograd.backward((nll_N * late_weights(nll_N)).sum())
 
 
 def cut_cross_entropy_late(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
     """Cut cross-entropy without reduction, where it is installed."""
     package = importlib.import_module("cut_cross_entropy")
     nll_N = package.linear_cross_entropy(hidden_ND, weight_VD, targets_N, reduction="none")
-    (nll_N * late_weights(nll_N)).sum().backward()
+    torch.autograd.backward((nll_N * late_weights(nll_N)).sum())
 
 
 def providers(device: str) -> dict[str, Provider]:
@@ -197,7 +199,7 @@ def table_rows(seconds: dict[str, list[float]], peaks: dict[str, int | None]) ->
             "median_ms": statistics.median(times) * 1e3,
             "to_three_matmuls": min(times) / floor_s,
             "to_cross_entropy": min(times) / plain_s,
-            "peak_mib": None if peaks[name] is None else peaks[name] / 2**20,
+            "peak_mib": peak / 2**20 if (peak := peaks[name]) is not None else None,
         }
         for name, times in seconds.items()
     ]
@@ -214,21 +216,21 @@ def print_table(shape: Shape, rows: list[dict[str, Any]]) -> None:
 
 
 def write_files(folder: Path, report: dict[str, Any]) -> None:
-    """bench_linear_nll.json and a bar chart of the ratios beside it."""
+    """kernels.json and a bar chart of the ratios beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_linear_nll.json").write_text(json.dumps(report, indent=1))
+    (folder / "kernels.json").write_text(json.dumps(report, indent=1))
     figure, axes = pyplot.subplots(1, len(report["shapes"]), figsize=(6 * len(report["shapes"]), 4), squeeze=False)
     for axis, entry in zip(axes[0], report["shapes"], strict=True):
         axis.barh([row["provider"] for row in entry["rows"]], [row["to_three_matmuls"] for row in entry["rows"]])
         axis.invert_yaxis()
         axis.set(title="N={} D={} V={}".format(*entry["shape"]), xlabel="time / three bare matmuls")
     figure.tight_layout()
-    figure.savefig(folder / "bench_linear_nll.png", dpi=120)
+    figure.savefig(folder / "kernels.png", dpi=120)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -262,7 +264,7 @@ def main() -> None:
         print_table(shape, rows)
         report["shapes"].append({"shape": shape, "rows": rows})
     write_files(options.out, report)
-    print(f"\nwritten: {options.out}/bench_linear_nll.json and .png")
+    print(f"\nwritten: {options.out}/kernels.json and .png")
 
 
 if __name__ == "__main__":
