@@ -1,9 +1,9 @@
 """`bandit_neural`: a contextual bandit whose network predicts from an arm's situation how badly reading it will do.
 
 After Deb et al., "Contextual bandits with online neural regression" (2312.07145); how it is put to mixing is ours. A
-round is `pulls` pulls. A pull reads mostly one arm for `pull_steps` steps, arms come up in proportion to the mixture, so that
-a round as a whole reads the mixture. The loss of a pull is 1/2 when the target loss fell as in the mean pull of the
-round, more when it fell less. Probabilities of the next round, from predicted losses y with the least at b:
+round is `pulls` pulls. A pull reads mostly one arm for `pull_steps` steps. Arms come up in proportion to the mixture,
+so that a round as a whole reads the mixture. The loss of a pull is 1/2 when the target loss fell as in the mean pull of
+the round, more when it fell less. Probabilities of the next round, from predicted losses y with the least at b:
 
     squared   p_a = 1 / (K + gamma (y_a - y_b))                  inverse gap weighting (NeuSquareCB)
     kl        p_a = y_b / (K y_b + gamma (y_a - y_b))            the same relative to the least loss (NeuFastCB)
