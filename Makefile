@@ -57,9 +57,11 @@ check: lint types test  ## all of the above
 bench: install  ## training throughput beside transformers.Trainer, in one run
 	$(BIN)/python -m tests.benchmarks.bench_training
 
-bench-data: install  ## row gather, plan and journal
+bench-data: install  ## rows into a rank beside other loaders; gather, plan, journal, controller
 	$(BIN)/python -m tests.benchmarks.bench_gather
 	$(BIN)/python -m tests.benchmarks.bench_plan
+	$(BIN)/python -m tests.benchmarks.bench_controller
+	$(BIN)/python -m tests.benchmarks.bench_loaders
 
 bench-kernels: install  ## loss kernels beside plain torch
 	$(BIN)/python -m mixwright.kernels.bench

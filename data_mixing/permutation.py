@@ -24,6 +24,8 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _ONE = np.uint64(1)
 _POWERS_OF_TWO = np.left_shift(_ONE, np.arange(63, dtype=np.uint64))
 
+_ROUND_KEYS = np.arange(NUM_ROUNDS_SMALL, dtype=np.uint64) * _GOLDEN
+
 UInt64s = NDArray[np.uint64]
 
 
@@ -94,7 +96,7 @@ def _rounds(low_n: UInt64s, high_n: UInt64s, bits_n: UInt64s, key_n: UInt64s, ro
     low_mask_n = (_ONE << low_bits_n) - _ONE
     high_mask_n = (_ONE << (bits_n - low_bits_n)) - _ONE
     for round_index in rounds:
-        round_key_n = key_n + np.array([round_index], np.uint64) * _GOLDEN
+        round_key_n = key_n + _ROUND_KEYS[round_index]
         if round_index % 2 == 0:
             high_n = high_n ^ (splitmix64(low_n ^ round_key_n) & high_mask_n)
         else:
