@@ -1,7 +1,7 @@
 """Whether the controller keeps up with a large job: `python -m tests.benchmarks.bench_controller`.
 
 A job writes one report a step, whatever the number of its ranks: they add their sums up before (spec/mixing.md 4.9).
-Here a process appends reports of 50 domains as fast as the disk allows, while the controller of the same run reads them.
+Here a process appends reports of 50 domains as fast as the disk allows, while the run's controller reads them.
 """
 
 from __future__ import annotations
