@@ -16,8 +16,9 @@ def exponentiated(shares: ArrayLike, scores: ArrayLike, eta: float) -> NDArray[n
     """p_j exp(eta s_j) / sum, in log space; a share of 0 stays 0 and no score overflows."""
     share_K = np.asarray(shares, dtype=np.float64)
     positive_K = share_K > 0
-    log_K = np.log(np.where(positive_K, share_K, 1.0)) + eta * np.asarray(scores, dtype=np.float64)
-    grown_K = np.where(positive_K, np.exp(log_K - log_K[positive_K].max()), 0.0)
+    grown_K = np.zeros_like(share_K)
+    log_A = np.log(share_K[positive_K]) + eta * np.asarray(scores, dtype=np.float64)[positive_K]
+    grown_K[positive_K] = np.exp(log_A - log_A.max())
     return np.asarray(grown_K / grown_K.sum(), dtype=np.float64)
 
 

@@ -64,6 +64,9 @@ _CENTRED_EPSILON = 0.3
 _DECAY = {"eg": 0.5, "omd": 0.1, "optimistic": 0.1}
 """Found on the synthetic worlds of configs/worlds, one setting for all of them (docs/policies.md)."""
 
+_ROUNDING = 1e-9
+"""What is left of gains that are all alike is rounding, of which a division by the sum would make a preference."""
+
 _CENTRED_KEYS = ("update", "memory", "decay", "prior")
 
 
@@ -200,7 +203,7 @@ def normalised_gains(gains_KK: Floats) -> Floats | None:
     """The released normalisation: less a negative smallest entry, by the sum; None when nothing is left."""
     shifted_KK = gains_KK - min(0.0, float(gains_KK.min()))
     total = float(shifted_KK.sum())
-    return shifted_KK / total if total > 0 else None
+    return shifted_KK / total if total > _ROUNDING * float(np.abs(gains_KK).sum()) else None
 
 
 def _propose_published(
