@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixwright.data_mixing.config_file import load_config, read_yaml
-from mixwright.data_mixing.errors import PolicyRejected
 
 if TYPE_CHECKING:
     from mixwright.data_mixing.regret import Regret
@@ -34,10 +33,7 @@ def simulate(
     settings = load_config(World, world)
     documents = _documents(policies)
     began = time.perf_counter()
-    try:
-        results = compare(documents, settings, seeds)
-    except PolicyRejected as error:
-        raise PolicyRejected(f"{world.name}: {error}") from None
+    results = compare(documents, settings, seeds)
     seconds, best_fixed = time.perf_counter() - began, best_fixed_regret(settings, seeds)
     if as_json:
         rows = [dataclasses.asdict(result) for result in results]
