@@ -70,7 +70,7 @@ class RowShardedSphericalZLoss(nn.Module):
     def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Loss of each of this rank's tokens, [N], as in `SphericalZLoss`; targets are classes of the whole vocabulary.
 
-        Waits for the device once (the sizes of messages). Where one rank's input is bad, all ranks raise.
+        Waits for the device (sizes of messages, targets). Where one rank's input is bad, all ranks raise.
         """
         failure = self._failure_of(hidden_ND, targets_N)
         has_target_N = targets_N != self.ignore_index
