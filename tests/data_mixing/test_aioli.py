@@ -46,6 +46,16 @@ def test_golden_normalisation_and_updates() -> None:
         assert exponentiated(np.ones(3), score_K, float(eta)).tolist() == pytest.approx(expected, abs=1e-9)
 
 
+def test_gains_are_shifted_only_when_one_is_negative() -> None:
+    positive = normalised_gains(np.array([[1.0, 2.0], [3.0, 4.0]]))
+    shifted = normalised_gains(np.array([[-1.0, 2.0], [3.0, 4.0]]))
+    assert positive is not None
+    assert shifted is not None
+    assert positive.tolist() == [[0.1, 0.2], [0.3, 0.4]]
+    assert (12 * shifted).tolist() == [[0, 3], [4, 5]]
+    assert normalised_gains(np.zeros((2, 2))) is None
+
+
 @pytest.mark.parametrize(
     ("keys", "shares", "expected"),
     [

@@ -76,15 +76,18 @@ def test_luck_is_the_same_for_all_policies() -> None:
 
 def test_rows_are_counted_as_the_plan_counts_them() -> None:
     world = World(num_steps=100, rows_per_step=7)
-    points = [{"step": 0, "mixture": {"domain0": 1, "domain1": 2, "domain2": 3}}, {"step": 31, "mixture": {"*": 1}}]
+    names = [f"domain{index}" for index in range(3)]
+    points = [
+        {"step": step, "mixture": dict(zip(names, (1, 1 + step % 3, 2 + step % 5), strict=True))} for step in range(100)
+    ]
     document = {"kind": "schedule", "points": points}
-    catalogue = tuple(Domain(name=f"domain{index}", num_rows=1 << 24, fingerprint="") for index in range(3))
     genesis = Genesis(
         run="simulation", seed=0, sequence_length=64, rows_per_step=7, num_steps=100, store_fingerprint="",
-        domains=catalogue,
+        domains=tuple(Domain(name=name, num_rows=1 << 24, fingerprint="") for name in names),
     )  # fmt: skip
     plan = Plan(genesis, [CommittedPolicy(0, 1, accept(document, genesis))])
-    assert np.abs(simulate(document, world, 0).share_K * 700 - plan.cursors(100)).max() < 2
+    # The plan keeps domains in order of their ids, so that a row more or less falls on another one.
+    assert np.abs(simulate(document, world, 0).share_K * 700 - plan.cursors(100)).max() < 3
 
 
 @pytest.mark.parametrize("document", [CENTRED, {"kind": "odm"}, {"kind": "bandit_neural"}])
