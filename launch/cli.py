@@ -7,7 +7,7 @@ import sys
 import typer
 
 from mixwright.data_mixing.errors import MixingError
-from mixwright.launch import config_commands, data, mix
+from mixwright.launch import config_commands, data, mix, study
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(mix.app, name="mix")
 app.add_typer(config_commands.app, name="config")
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:
