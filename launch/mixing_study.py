@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from mixwright.data_mixing.config_file import StrictModel, load_config, validate
-from mixwright.data_mixing.corpora import CorporaConfig, load_corpora_config
+from mixwright.data_mixing.corpora import CorporaConfig, find_files, load_corpora_config
 from mixwright.data_mixing.errors import ConfigError, DataError, nearest
 from mixwright.data_mixing.prepare import prepare
 from mixwright.pretrain.proxy import ProxyConfig, ProxyRecord, ProxyRun
@@ -59,11 +59,18 @@ class Contender(StrictModel):
 
 
 class StudyConfig(StrictModel):
-    """A study, whole. Paths are relative to the configuration file."""
+    """A study, whole. Paths are relative to the configuration file.
+
+    Where the texts of `corpora` are absent, those of `fallback_corpora` take their place, domain by domain as
+    `fallback_domains` says, in rows and a vocabulary of the same size.
+    """
 
     corpora: Path
     fallback_corpora: Path
+    fallback_domains: dict[str, str] = Field(default_factory=dict)
     folder: Path
+    row_length: int = Field(default=128, gt=0)
+    vocab_size: int = Field(default=512, gt=0)
     proxy: ProxyConfig
     seeds: int = Field(default=3, ge=1)
     fit_steps: int = Field(gt=0)
@@ -94,6 +101,26 @@ def load_study(path: Path) -> StudyConfig:
         name: (path.parent / getattr(config, name)).resolve() for name in ("corpora", "fallback_corpora", "folder")
     }
     return config.model_copy(update=moved)
+
+
+def with_texts_at_hand(config: StudyConfig) -> StudyConfig:
+    """The study on its corpora, or on the ones that every installation has. Raises ConfigError."""
+    corpora = load_corpora_config(config.corpora)
+    try:
+        for name, source in corpora.domains.items():
+            find_files(name, source, config.corpora.parent)
+        return config
+    except DataError:
+        if not config.fallback_domains:
+            raise
+    stand_in = config.fallback_domains
+    settings = {
+        name: setting.model_copy(update={"domains": tuple(stand_in.get(d, d) for d in setting.domains), "note": ""})
+        for name, setting in config.settings.items()
+    }
+    renamed = {"-".join(setting.domains): setting for setting in settings.values()}
+    folder = config.folder / "fallback"
+    return config.model_copy(update={"corpora": config.fallback_corpora, "settings": renamed, "folder": folder})
 
 
 @dataclass
@@ -179,6 +206,9 @@ class Study:
 def prepare_corpora(config: StudyConfig, settings: Mapping[str, Setting]) -> None:
     """The study's token stores, made unless they are there. Raises DataError and ConfigError."""
     corpora = load_corpora_config(config.corpora)
+    if config.corpora == config.fallback_corpora:
+        shape = (f"sequence_length={config.row_length}", f"tokenizer.train.vocab_size={config.vocab_size}")
+        corpora = load_corpora_config(config.corpora, shape)
     corpora = corpora.model_copy(update={"output": config.folder / "store"})
     prepare(corpora, config.corpora.parent)
     for setting in settings.values():

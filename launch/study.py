@@ -41,12 +41,12 @@ def mixing(
 
     Finished runs are kept and read again, so a study that was interrupted goes on.
     """
-    from mixwright.launch.mixing_study import Study, load_study, prepare_corpora
+    from mixwright.launch.mixing_study import Study, load_study, prepare_corpora, with_texts_at_hand
     from mixwright.launch.proxy_tasks import OutOfTime, executor
     from mixwright.launch.study_report import show, write_evidence
 
     began = time.monotonic()
-    study_config = load_study(config)
+    study_config = with_texts_at_hand(load_study(config))
     if seeds is not None:
         study_config = study_config.model_copy(update={"seeds": seeds})
     names = list(study_config.policies) if policies == "all" else _names(policies)

@@ -117,6 +117,24 @@ def test_the_shipped_study_can_be_read_and_names_policies_that_exist() -> None:
     assert config.fallback_corpora.is_file()
 
 
+def test_where_its_texts_are_absent_a_study_takes_the_ones_at_hand(study: Path) -> None:
+    tree = yaml.safe_load((study / "study.yaml").read_text())
+    corpora = yaml.safe_load((study / "corpora.yaml").read_text())
+    corpora["domains"] = {name: {"paths": [f"missing-{name}.jsonl"]} for name in DOMAINS}
+    (study / "absent.yaml").write_text(yaml.safe_dump(corpora))
+    tree |= {"corpora": "absent.yaml", "row_length": 16, "vocab_size": 300}
+    (study / "study.yaml").write_text(yaml.safe_dump(tree))
+    assert "no such file" in str(run_study(study).exception)
+    tree |= {"fallback_domains": {"letters": "colours", "colours": "letters"}}
+    (study / "study.yaml").write_text(yaml.safe_dump(tree))
+    done = run_study(study, "--policies", "odm", "--seeds", "1")
+    assert done.exit_code == 0, done.output
+    page = (study / "docs" / "mixing_study.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [
+        "## colours-numbers", "## colours-letters-garbage",
+    ]  # fmt: skip
+
+
 def test_after_the_deadline_no_run_is_begun(tiny_store: Path, tmp_path: Path) -> None:
     with (
         executor(tmp_path, 0, lambda *_: None, deadline=time.monotonic() - 1) as execute,
