@@ -34,7 +34,7 @@ from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.leader import Leader
 from mixwright.data_mixing.loss_sums import LossSums
-from mixwright.data_mixing.plan import Plan, chain_digest, rank_positions, run_digest
+from mixwright.data_mixing.plan import Plan, chain_digest, rank_positions, rows_digest, run_digest
 from mixwright.data_mixing.run_start import NewRun, attempt_of, joined, lead
 from mixwright.data_mixing.store import TokenStore
 
@@ -196,7 +196,7 @@ class MixingLoader:
         if rows is None:
             raise MixingError("end_step() without a step: take one from the loader first")
         word = self._control_word(rows.digest)
-        self._check_digest(rows.step, word.digest)
+        self._check_digest(rows, word.digest)
         self._digest = chain_digest(self._digest, word.digest)
         self._window_digest = (self._window_digest + word.digest) % _WRAP
         self._learning_rates += [] if learning_rate is None else [learning_rate]
@@ -235,12 +235,16 @@ class MixingLoader:
         total, announced = self._ranks.sum(np.array([signed, lsn], dtype=np.int64)).tolist()
         return _ControlWord(total % _WRAP, announced)
 
-    def _check_digest(self, step: int, digest: int) -> None:
-        expected = self.plan.digest(step) if self._leader is not None else digest
+    def _check_digest(self, own: StepRows, digest: int) -> None:
+        """The leader derives what the other ranks should have read, and compares the sum with what all did read."""
+        if self._leader is None or self._ranks.size == 1:
+            return
+        others = self.plan.rows(own.step, range(len(own.domain_n), self.genesis.rows_per_step))
+        expected = (own.digest + rows_digest(self.genesis, own.step, others)) % _WRAP
         if digest != expected:
             raise PlanMismatch(
-                f"step {step}: the ranks read rows with digest {digest:016x}, the plan says {expected:016x}: do all "
-                "ranks take part, each with its own rank number?"
+                f"step {own.step}: the ranks read rows with digest {digest:016x}, the plan says {expected:016x}: do "
+                "all ranks take part, each with its own rank number?"
             )
 
     def _report_is_due(self) -> bool:
@@ -334,14 +338,8 @@ def open_loader(
         )
     ranks = Ranks.of(rank, num_ranks, sum_over_ranks)
     leader, history = _open_run(run_dir, store, begin, ranks, start_step, lead_steps, prefetch_steps)
-    feeder = Feeder(
-        run_dir / "journal",
-        store,
-        rank=ranks.rank,
-        num_ranks=ranks.size,
-        start_step=start_step,
-        prefetch_steps=prefetch_steps,
-    )
+    feeder = Feeder(run_dir / "journal", store, rank=ranks.rank, num_ranks=ranks.size, start_step=start_step,
+                    prefetch_steps=prefetch_steps)  # fmt: skip
     return MixingLoader(
         store, feeder, leader, ranks,
         micro_batch_rows=micro_batch_rows, start=(start_step, _digest_before(start_step, history)),

@@ -46,7 +46,7 @@ def arrays(folder: Path) -> list[np.ndarray]:
 
 
 def mixwright(folder: Path, size: int, done: int) -> Batches:
-    """The whole path: journal, leader, plan, digest comparison at every step, prefetch thread."""
+    """The whole path: journal, leader, plan, digests, reports, prefetch thread."""
     from mixwright.data_mixing.loader import NewRun, open_loader
     from mixwright.data_mixing.store import TokenStore
 
