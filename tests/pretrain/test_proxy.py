@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -119,6 +120,7 @@ class Toy(OnlineDocument):
 def toy_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Window]:
     """An online kind that reads the first arm only after its first decision, and what it was shown."""
     windows: list[Window] = []
+    keys: list[int] = []
     module: Any = types.ModuleType(f"{policies.__name__}.toy")
     (tmp_path / "toy.py").write_text("")
     module.__file__ = str(tmp_path / "toy.py")
@@ -126,10 +128,12 @@ def toy_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Window]
 
     def stretches(document: Any, shares: Sequence[float], decision: int, key: int) -> tuple[Stretch, ...]:
         uniform = tuple([1 / len(shares)] * len(shares))
+        keys.append(key)
         return (Stretch(num_steps=1, shares=uniform, evaluate=True), Stretch(num_steps=2, shares=tuple(shares)))
 
     def propose(document: Any, window: Window, state: Mapping[str, Any]) -> Proposal:
         windows.append(window)
+        assert len(set(keys)) == len(keys) == window.decision + 1, "every round has a key of its own"
         count = state.get("count", 0) + 1
         return Proposal(shares=(1.0, *[0.0] * (len(window.arms) - 1)), state={"count": count})
 
@@ -156,6 +160,7 @@ def test_a_decision_sees_what_happened_since_the_last_one(store: TokenStore, toy
     assert second.intervals[0].before == (None, None, None)
     assert first.intervals[0].learning_rate == pytest.approx(5e-3)
     assert record.rows["letters"] > 20
+    assert [note.action for note in record.decisions] == ["propose", "propose"]
 
 
 def test_realised_counts_follow_the_plan_of_all_commits(store: TokenStore, toy_windows: list[Window]) -> None:
@@ -177,6 +182,12 @@ def test_realised_counts_follow_the_plan_of_all_commits(store: TokenStore, toy_w
         assert refs.domain_n.tolist() == expected.domain_n.tolist()
         assert refs.row_n.tolist() == expected.row_n.tolist()
     assert np.bincount(np.concatenate([r.domain_n for r in read]), minlength=3).tolist() == again.cursors(8).tolist()
+
+
+def test_a_proxy_run_needs_neither_deepspeed_nor_ray() -> None:
+    code = "import sys, mixwright.pretrain.sweeps.fits; print([m for m in ('deepspeed', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_finished_run_is_read_again_instead_of_run_again(
