@@ -19,6 +19,8 @@ from matplotlib import pyplot
 
 HEADER = ("policy", "seeds", "mean ppl", "difference", "± s.e.", "in %", "extra runs", "extra tokens")
 
+LINEAR_PERCENT = 4.0
+
 
 def show(study: Study) -> None:
     """Print one table per setting."""
@@ -169,7 +171,10 @@ def _draw(study: Study, path: Path) -> None:
         axes.bar(at, height, width, yerr=error, label=policy, error_kw={"linewidth": 0.8})
     axes.axhline(0, color="0.2", linewidth=0.8)
     axes.set_xticks(range(len(study.settings)), list(study.settings))
-    axes.set_ylabel("mean test perplexity, difference to stratified in %")
+    # Some methods fail by tens of per cent; linear where most of the answer lies, logarithmic beyond.
+    axes.set_yscale("symlog", linthresh=LINEAR_PERCENT, linscale=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylabel(f"mean test perplexity, difference to stratified in %\n(logarithmic beyond {LINEAR_PERCENT:g} %)")
     axes.set_title("Mixing policies at equal tokens (negative is better; bars: paired standard error over seeds)")
     axes.grid(alpha=0.25, axis="y")
     axes.legend(fontsize=8, ncols=2)
