@@ -64,6 +64,9 @@ _CENTRED_EPSILON = 0.3
 _DECAY = {"eg": 0.5, "omd": 0.1, "optimistic": 0.1}
 """Found on the synthetic worlds of configs/worlds, one setting for all of them (docs/policies.md)."""
 
+_STEPS_ALONE = 1000
+"""A round of one arm, in which there is nothing to decide."""
+
 _ROUNDING = 1e-9
 """What is left of gains that are all alike is rounding, of which a division by the sum would make a preference."""
 
@@ -139,7 +142,7 @@ def stretches(document: Document, shares: Sequence[float], decision: int, key: i
     """The rest of the round at `shares`, then a sweep; only a sweep before the first decision."""
     num_arms = sum(share > 0 for share in shares)
     if num_arms < 2:
-        return (Stretch(num_steps=document.round_steps or 1, shares=tuple(shares)),)
+        return (Stretch(num_steps=document.round_steps or _STEPS_ALONE, shares=tuple(shares)),)
     sizes = document.sizes(num_arms)
     sweep = _sweep(document, sizes, np.array(shares), key)
     rest = sizes.round_steps - len(sweep) * sizes.sweep_steps

@@ -243,3 +243,8 @@ def test_a_new_unit_of_mass_starts_the_evidence_again() -> None:
     second = propose({}, known, first.state)
     assert first.state["evidence"]["unit"] == "steps"
     assert second.state["evidence"] == propose({}, known).state["evidence"]
+
+
+def test_one_arm_is_read_in_long_rounds_without_validation() -> None:
+    assert [(s.num_steps, s.evaluate) for s in stretches({}, [1.0])] == [(1000, False)]
+    assert [s.num_steps for s in stretches({"round_steps": 70}, [1.0, 0.0])] == [70]
