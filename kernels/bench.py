@@ -1,6 +1,6 @@
 """Loss heads beside plain torch: time in interleaved rounds of one process, peak memory in a process per provider.
 
-    python -m mixwright.kernels.bench [--rounds 12] [--shapes 2048,256,8192 4096,512,32768] [--out FOLDER]
+    python -m mixwright.kernels.bench [--rounds 12] [--shapes 2048,256,8192 4096,512,32768] [--only ours] [--out FOLDER]
 
 Every provider computes the losses of N tokens and all gradients; "late" ones get row weights that depend on those
 losses (softmax over the mean losses of 16 sequences), "mean" ones the token mean. The yardstick is three bare matmuls.
@@ -145,9 +145,16 @@ def run_once(provider: Provider, arguments: tuple[Tensor, Tensor, Tensor]) -> fl
     return time.perf_counter() - start
 
 
-def time_shape(shape: Shape, device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds per round of every provider, in turn within each round; the first round warms up and is dropped."""
-    arguments, table = inputs(shape, device), providers(device)
+YARDSTICKS = ("three matmuls", "F.cross_entropy, late")
+
+
+def time_shape(shape: Shape, device: str, rounds: int, only: str) -> dict[str, list[float]]:
+    """Seconds per round of the providers, in turn within each round; the first round warms up and is dropped.
+
+    `only`: part of the names of those to measure beside the yardsticks.
+    """
+    arguments = inputs(shape, device)
+    table = {name: run for name, run in providers(device).items() if name in YARDSTICKS or only in name}
     seconds: dict[str, list[float]] = {name: [] for name in table}
     for round_index in range(rounds + 1):
         for name, provider in table.items():
@@ -191,7 +198,7 @@ def measure_peak(name: str, shape: Shape, device: str) -> int | None:
 
 def table_rows(seconds: dict[str, list[float]], peaks: dict[str, int | None]) -> list[dict[str, Any]]:
     """One row per provider; ratios are of minima."""
-    floor_s, plain_s = min(seconds["three matmuls"]), min(seconds["F.cross_entropy, late"])
+    floor_s, plain_s = (min(seconds[name]) for name in YARDSTICKS)
     return [
         {
             "provider": name,
@@ -240,6 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--only", default="", help="part of the names of the providers to measure, such as 'ours'")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -259,7 +267,7 @@ def main() -> None:
     )
     report: dict[str, Any] = {"torch": torch.__version__, "device": hardware, "shapes": []}
     for shape in shapes:
-        seconds = time_shape(shape, options.device, options.rounds)
+        seconds = time_shape(shape, options.device, options.rounds, options.only)
         rows = table_rows(seconds, {name: measure_peak(name, shape, options.device) for name in seconds})
         print_table(shape, rows)
         report["shapes"].append({"shape": shape, "rows": rows})
