@@ -199,7 +199,8 @@ def torchdata(folder: Path, size: int, done: int) -> Batches:
     loader = stateful_loader(folder, size, MappedRows(folder))
     if done:
         loader.load_state_dict(torch.load(folder / f"torchdata-{size}.pt", weights_only=False))
-    yield from loader
+    while True:
+        yield from loader
 
 
 def prepare_torchdata(folder: Path, size: int) -> None:
