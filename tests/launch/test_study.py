@@ -36,9 +36,10 @@ def study(tmp_path: Path) -> Path:
         "output": "elsewhere", "sequence_length": 16, "tokenizer": {"train": {"vocab_size": 300}}, "num_workers": 1,
         "split": {"validation": 0.1, "test": 0.1}, "domains": {n: {"paths": [f"{n}.jsonl"]} for n in DOMAINS},
     }  # fmt: skip
-    (tmp_path / "corpora.yaml").write_text(yaml.safe_dump(corpora))
+    for name in ("corpora.yaml", "fallback.yaml"):
+        (tmp_path / name).write_text(yaml.safe_dump(corpora))
     tree: dict[str, Any] = {
-        "corpora": "corpora.yaml", "fallback_corpora": "corpora.yaml", "folder": "work", "proxy": proxy_tree(4),
+        "corpora": "corpora.yaml", "fallback_corpora": "fallback.yaml", "folder": "work", "proxy": proxy_tree(4),
         "seeds": 2, "fit_steps": 2, "fit_seed": 100,
         "settings": {
             "pair": {"domains": ["letters", "numbers"], "note": "two lists"},
