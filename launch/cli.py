@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
-from mixwright.data_mixing.errors import MixingError
 from mixwright.launch import config_commands, data, mix, study
+from mixwright.launch.ending import run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,11 +20,7 @@ app.add_typer(study.app, name="study")
 
 def main() -> None:
     """Run the command; every expected failure is one line on standard error and its exit code."""
-    try:
-        app()
-    except MixingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(app)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixwright.data_mixing.errors import MixingError
+from mixwright.launch.ending import run
 
 if TYPE_CHECKING:
     from mixwright.launch.proxy_tasks import Tell
@@ -83,11 +82,7 @@ def _progress(began: float) -> Tell:
 
 def main() -> None:
     """Run the command; every expected failure is one line and its exit code."""
-    try:
-        app()
-    except MixingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(app)
 
 
 if __name__ == "__main__":

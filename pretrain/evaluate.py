@@ -7,9 +7,9 @@ import math
 import torch
 
 from mixwright.data_mixing.entries import DomainLoss, Genesis
+from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.plan import rank_positions
 from mixwright.pretrain.engine import Engine
-from mixwright.pretrain.held_out import HeldOut
 from mixwright.pretrain.loop import domain_loss
 from mixwright.pretrain.objective import DomainSums
 from mixwright.pretrain.ranks import Ranks

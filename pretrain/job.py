@@ -14,13 +14,13 @@ from typing import Literal
 
 from mixwright.data_mixing.entries import DomainLoss, End, Report
 from mixwright.data_mixing.feeder import Feeder
+from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.leader import Leader
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.checkpoint import Checkpoints, Found
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import Engine, start_ranks
 from mixwright.pretrain.evaluate import evaluate
-from mixwright.pretrain.held_out import HeldOut
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
 from mixwright.pretrain.metrics import MetricWriter, loss_values, overall_loss, peak_memory_bytes, read_metrics
 from mixwright.pretrain.model import build_model, export, num_parameters

@@ -26,13 +26,13 @@ from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.data_mixing.feeder import store_order
+from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.plan import RowRefs
 from mixwright.data_mixing.policy import find_kind
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.config import ModelConfig, OptimizerConfig, Positive, ScheduleConfig
 from mixwright.pretrain.errors import NonFiniteLoss
 from mixwright.pretrain.head import seed_step
-from mixwright.pretrain.held_out import HeldOut
 from mixwright.pretrain.model import build_model, num_parameters
 from mixwright.pretrain.objective import DomainSums, Objective
 from mixwright.pretrain.proxy_mixture import DecisionNote, MixturePoint, Steering, steering
