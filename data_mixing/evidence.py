@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +58,11 @@ class Observations:
         return replace(self, share_NK=self.share_NK[:, chosen_K])
 
 
-def observe(window: Window) -> Observations:
-    """The intervals whose losses are there before and after, for every arm that is validated and counts."""
+def observe(window: Window, objective: Literal["loss", "perplexity"] = "loss") -> Observations:
+    """The intervals whose losses are there before and after, for every arm that is validated and counts.
+
+    Objective `perplexity`: d(mean perplexity) = mean(perplexity_i dL_i), so losses count by the window's perplexities.
+    """
     num_arms, intervals = len(window.arms), window.intervals
     shape = (len(intervals), num_arms)
     rows_NK = np.array([interval.rows for interval in intervals], dtype=np.float64).reshape(shape)
@@ -70,6 +73,9 @@ def observe(window: Window) -> Observations:
     counts_K = np.isfinite(drop_NK).any(axis=0) & (wanted_K > 0)
     usable_N = np.isfinite(drop_NK[:, counts_K]).all(axis=1) & (rows_NK.sum(axis=1) > 0) & counts_K.any()
     target_K = np.where(counts_K, wanted_K, 0.0)
+    if objective == "perplexity" and usable_N.any():
+        loss_K = np.where(counts_K, after_NK, -np.inf)[usable_N].mean(axis=0)
+        target_K = target_K * np.exp(loss_K - loss_K.max())
     steps_N = np.array([interval.num_steps for interval in intervals], dtype=np.float64)
     first_N = np.array([interval.first_step for interval in intervals], dtype=np.float64)
     mass_N, unit = _mass(window, steps_N)

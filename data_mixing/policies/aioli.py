@@ -70,7 +70,7 @@ _STEPS_ALONE = 1000
 _ROUNDING = 1e-9
 """What is left of gains that are all alike is rounding, of which a division by the sum would make a preference."""
 
-_CENTRED_KEYS = ("update", "memory", "decay", "prior")
+_CENTRED_KEYS = ("update", "memory", "decay", "prior", "objective")
 
 
 class Document(OnlineDocument):
@@ -80,7 +80,8 @@ class Document(OnlineDocument):
     perturbation has share `one_hot_factor`, or is mixed with `epsilon` of the base: uniform, in `centred` the mixture
     itself. `ema` (released) is the weight of the old matrix. `memory` (centred) is how many rounds evidence lasts,
     `decay` the pull to the initial mixture in a round, `prior` by how much the gains of arms are expected to differ, as
-    a multiple of the loss's mean fall.
+    a multiple of the loss's mean fall. `objective` (centred): the mean over domains that shall fall; of the perplexity,
+    a nat counts in proportion to the domain's perplexity.
     """
 
     kind: Literal["aioli"]
@@ -96,6 +97,7 @@ class Document(OnlineDocument):
     memory: float = Field(default=10.0, ge=1)
     decay: float | None = Field(default=None, ge=0, le=1)
     prior: float = Field(default=0.15, gt=0)
+    objective: Literal["loss", "perplexity"] = "loss"
 
     @model_validator(mode="after")
     def _keys_of_the_variant(self) -> Document:
@@ -177,7 +179,7 @@ def propose(document: Document, window: Window, state: Mapping[str, Any]) -> Pro
     active_K = np.array(window.shares) > 0
     if active_K.sum() < 2:
         return _hold(window, state, "one arm has a share")
-    seen = observe(window).of_arms(active_K)
+    seen = observe(window, document.objective).of_arms(active_K)
     share_A = np.array(window.shares)[active_K]
     decide = _propose_centred if document.variant == "centred" else _propose_published
     result = decide(document, window, state, seen, share_A)

@@ -113,6 +113,14 @@ def test_target_weights_say_whose_loss_counts() -> None:
     assert seen.drop_N == pytest.approx(seen.drop_NK[:, 1] / 4 + seen.drop_NK[:, 2] * 3 / 4)
 
 
+def test_the_objective_perplexity_falls_as_the_mean_perplexity_falls() -> None:
+    before, fall = np.array([4.0, 3.0, 2.0]), np.array([3e-6, -2e-6, 1e-6])
+    seen = observe(window([interval(0, 4, [5, 5, 5], before, before - fall)]), "perplexity")
+    perplexity, perplexity_before = np.exp(before - fall).mean(), np.exp(before).mean()
+    assert seen.drop_N[0] == pytest.approx((perplexity_before - perplexity) / perplexity_before, rel=1e-5)
+    assert seen_of([interval(0, 4, [5, 5, 5], before, before - fall)]).drop_N[0] == pytest.approx(fall.mean())
+
+
 def evidence_of(gains: Floats, noise: float, drift: float, num_windows: int = 4, seed: int = 0) -> Evidence:
     draw, evidence = np.random.default_rng(seed), None
     for place in range(num_windows):
