@@ -32,6 +32,7 @@ def accept(document: Any, genesis: Genesis, *, history: RunHistory | None = None
         counts_from_commit=bool(marks),
         marks=marks,
         caps=_expand_caps(parsed.caps, genesis),
+        loss_weighting=parsed.loss_weighting,
         at_step=parsed.at_step,
         shadow=parsed.shadow,
         author=parsed.author,

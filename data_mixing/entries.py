@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.domain import Cap, Domain
+from mixwright.data_mixing.loss_weighting import LossWeighting
 
 PROPORTION_TOTAL = 1 << 31
 """Mixtures are stored as integers with this sum, so that the plan is exact integer arithmetic."""
@@ -82,7 +83,8 @@ class PolicyEntry(StrictModel):
     """An accepted proposal. The first segment of its `program` starts at 0.
 
     Steps of `program` and `marks` are training steps, or, when `counts_from_commit`, steps since the effective step.
-    `document` is what the user submitted; `caps` overrides the catalogue's cap by domain name.
+    `document` is what the user submitted; `caps` overrides the catalogue's cap by domain name. `loss_weighting` None
+    leaves the weighting in force as it is.
     `at_step` asks for an effective step; None means as soon as possible. A shadow is never committed.
     `root` is the entry of the online policy that this one carries on, by the DECISION of entry `decision_lsn`.
     `request_id` is chosen by whoever submits, so that a request that is sent twice is journaled once.
@@ -95,6 +97,7 @@ class PolicyEntry(StrictModel):
     root: int | None = Field(default=None, ge=0)
     decision_lsn: int | None = Field(default=None, ge=0)
     caps: dict[str, Cap] = Field(default_factory=dict)
+    loss_weighting: LossWeighting | None = None
     at_step: int | None = Field(default=None, ge=0)
     shadow: bool = False
     author: str = ""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from mixwright.data_mixing.entries import PROPORTION_TOTAL, Genesis, Mark
 from mixwright.data_mixing.errors import DomainExhausted
+from mixwright.data_mixing.loss_weighting import LossWeighting
 from mixwright.data_mixing.permutation import fold_key, mix_key, permute, splitmix64
 from mixwright.data_mixing.timeline import Catalogue, CommittedPolicy, Exhaustion, PlanState, Stretch, Timeline
 
@@ -112,6 +113,16 @@ class Plan:
     def policy_lsn(self, step: int) -> int:
         """Journal entry of the POLICY in force at `step`."""
         return self._timeline.regime_at(step).commit.lsn
+
+    def weighting(self, step: int) -> tuple[int, LossWeighting] | None:
+        """The instance weighting in force at `step` and the step at which it began; None when none was ever asked for.
+
+        A policy without `loss_weighting` leaves the one before in force; `strategy: uniform` ends it.
+        """
+        regime = self._timeline.weighting_regime_at(step)
+        if regime is None or regime.commit.policy.loss_weighting is None:
+            return None
+        return regime.start_step, regime.commit.policy.loss_weighting
 
     def mark(self, step: int) -> tuple[int, Mark] | None:
         """The mark at the boundary before `step`, in training steps, and the POLICY entry that set it; or None."""

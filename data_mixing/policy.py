@@ -23,6 +23,7 @@ from mixwright.data_mixing.config_file import StrictModel, validate
 from mixwright.data_mixing.domain import Cap
 from mixwright.data_mixing.entries import Genesis, Segment
 from mixwright.data_mixing.errors import ConfigError, PolicyRejected, nearest
+from mixwright.data_mixing.loss_weighting import LossWeighting
 
 MAX_DOCUMENT_CHARACTERS = 1 << 20
 MAX_DOCUMENT_VALUES = 1 << 17
@@ -42,12 +43,14 @@ Remark = Annotated[str, Field(max_length=500), AfterValidator(_one_line)]
 class PolicyDocument(StrictModel):
     """Keys that every kind of policy has.
 
-    `caps` overrides the run's repetition caps by domain name or glob. `at_step` asks for an effective step (omitted:
+    `caps` overrides the run's repetition caps by domain name or glob. `loss_weighting` says how much each sample counts
+    from here on (omitted: as before; `strategy: uniform`: all alike). `at_step` asks for an effective step (omitted:
     as soon as possible). A `shadow` is recorded and never committed. `why` and `author` go into the journal.
     """
 
     kind: str
     caps: dict[str, Cap] = Field(default_factory=dict)
+    loss_weighting: LossWeighting | None = None
     at_step: int | None = Field(default=None, ge=0, strict=True)
     shadow: bool = Field(default=False, strict=True)
     why: Remark = ""

@@ -212,6 +212,7 @@ class Timeline:
     ) -> None:
         self.catalogue, self.commits = catalogue, commits
         self._regimes: list[Regime] = []
+        self._weighting_regimes: list[Regime | None] = []
         for commit in commits:
             self._supersede(Regime(catalogue, commit))
         self._known = {state.step: state for state in known}
@@ -220,12 +221,17 @@ class Timeline:
     def _supersede(self, regime: Regime) -> None:
         while self._regimes and self._regimes[-1].start_step >= regime.start_step:
             self._regimes.pop()
+            self._weighting_regimes.pop()
         self._regimes.append(regime)
+        # A policy that says nothing of weighting leaves it as it is.
+        before = self._weighting_regimes[-1] if self._weighting_regimes else None
+        self._weighting_regimes.append(before if regime.commit.policy.loss_weighting is None else regime)
 
     def extended(self, commit: CommittedPolicy) -> Timeline:
         """This timeline with one more commit; nothing up to its effective step is derived again."""
         timeline = Timeline(self.catalogue, (), ())
         timeline.commits, timeline._regimes = (*self.commits, commit), list(self._regimes)
+        timeline._weighting_regimes = list(self._weighting_regimes)
         timeline._supersede(Regime(self.catalogue, commit))
         end = commit.effective_step
         timeline._known = {step: state for step, state in self._known.items() if step <= end}
@@ -235,11 +241,18 @@ class Timeline:
 
     def regime_at(self, step: int) -> Regime:
         """What is in force at `step`; raises MixingError when nothing is."""
+        return self._regimes[self._index_at(step)]
+
+    def weighting_regime_at(self, step: int) -> Regime | None:
+        """The newest commit in force at `step` or before it whose policy says how samples are weighted."""
+        return self._weighting_regimes[self._index_at(step)]
+
+    def _index_at(self, step: int) -> int:
         index = bisect.bisect_right(self._regimes, step, key=lambda regime: regime.start_step)
         if index == 0:
             starts = [f"the first takes effect at step {regime.start_step}" for regime in self._regimes]
             raise MixingError(f"no policy is in force at step {step}: {(*starts, 'none is committed')[0]}")
-        return self._regimes[index - 1]
+        return index - 1
 
     def regimes_around(self, step: int) -> list[Regime]:
         """What is in force right before `step`, and what begins there."""

@@ -78,7 +78,7 @@ class Checkpoints:
             if problem is None:
                 seal = json.loads((self._folder / tag / SEAL).read_text())
                 self._check_same_run(tag, seal)
-                position = Position(seal["step"], int(seal["run_digest"], 16))
+                position = Position(seal["step"], int(seal["run_digest"], 16), seal.get("weighting", {}))
                 return Found(tag, position, seal["num_ranks"], seal["zero_stage"])
             if problem != "unfinished":
                 say(f"checkpoint {tag} is damaged ({problem}): falling back to the one before it")
@@ -112,6 +112,7 @@ class Checkpoints:
             "run": self._config.run.name,
             "step": position.step,
             "run_digest": f"{position.run_digest:016x}",
+            "weighting": dict(position.weighting),
             "num_ranks": self._ranks.size,
             "zero_stage": self._config.training.zero_stage,
             "files": files,

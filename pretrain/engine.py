@@ -130,9 +130,15 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float | None:
+    @property
+    def ends_step(self) -> bool:
+        """Whether the micro-batch under way is the last one of its optimizer step."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def step(self, lr: float, divisor: float = 1.0) -> float | None:
         """End one micro-batch; the last one of a step updates with `lr` and returns the norm of the gradient.
 
+        Gradients are divided by `divisor` before they are clipped; the norm is the one after the division.
         Raises NonFiniteLoss when that norm is NaN or infinite.
         """
         if not self._engine.is_gradient_accumulation_boundary():
@@ -140,12 +146,41 @@ class Engine:
             return None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        with self._divided(divisor):
+            return self._update()
+
+    def _update(self) -> float:
         if self._clip_norm is not None:
             norm = _finite(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm or math.inf))
             self._engine.step()
             return norm
         self._engine.step()
         return _finite(self._engine.get_global_grad_norm())
+
+    @contextlib.contextmanager
+    def _divided(self, divisor: float) -> Iterator[None]:
+        """Divide the step's gradients where DeepSpeed keeps them.
+
+        ZeRO divides them by its loss scale right before it clips, which is 1 outside float16.
+        """
+        optimizer = self._engine.optimizer
+        if divisor == 1.0:
+            yield
+        elif hasattr(optimizer, "fp32_groups_gradients_flat"):  # BF16_Optimizer: no loss scale
+            for gradient in optimizer.fp32_groups_gradients_flat:
+                gradient.div_(divisor)
+            yield
+        elif self._engine.zero_optimization_stage() > 0:
+            optimizer.loss_scaler.cur_scale = divisor
+            try:
+                yield
+            finally:
+                optimizer.loss_scaler.cur_scale = 1.0
+        else:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(divisor)
+            yield
 
     def train(self) -> None:
         self._engine.train()

@@ -17,6 +17,7 @@ from mixwright.data_mixing.feeder import Feeder
 from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.leader import Leader
 from mixwright.data_mixing.store import TokenStore
+from mixwright.data_mixing.weighting import WeightingState
 from mixwright.pretrain.checkpoint import Checkpoints, Found
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import Engine, start_ranks
@@ -24,7 +25,7 @@ from mixwright.pretrain.evaluate import evaluate
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
 from mixwright.pretrain.metrics import MetricWriter, loss_values, overall_loss, peak_memory_bytes, read_metrics
 from mixwright.pretrain.model import build_model, export, num_parameters
-from mixwright.pretrain.objective import Objective
+from mixwright.pretrain.objective import Objective, Shape
 from mixwright.pretrain.progress import Progress, Watcher
 from mixwright.pretrain.ranks import Ranks, launched_rank
 from mixwright.pretrain.report import write_report
@@ -97,10 +98,8 @@ class Job:
             feeder = stack.enter_context(self._feeder())
             if self.start.step == 0:
                 self._test(metrics, self.start)
-            objective = Objective(config.training.rows_per_step, self.ranks.size, config.training.z_loss)
-            trainer = Trainer(
-                config, self.engine, objective, self.ranks, feeder, leader, self.mixing.attempt, stop.is_requested
-            )
+            attempt, objective = self.mixing.attempt, self._objective()
+            trainer = Trainer(config, self.engine, objective, self.ranks, feeder, leader, attempt, stop.is_requested)
             end = self._train(trainer, metrics)
             if end is None:
                 self.watcher.say("interrupted; run the same command again to go on")
@@ -137,6 +136,17 @@ class Job:
             start_step=self.start.step,
             prefetch_steps=self.config.mixing.prefetch_steps,
         )
+
+    def _objective(self) -> Objective:
+        training, remembered = self.config.training, self.start.weighting
+        shape = Shape(
+            rows_per_step=training.rows_per_step,
+            micro_batch_rows=training.micro_batch_rows,
+            num_domains=len(self.mixing.genesis.domains),
+            z_loss=training.z_loss,
+            eos_id=self.store.manifest.eos_id,
+        )
+        return Objective(shape, self.ranks, WeightingState.from_json(remembered) if remembered else None)
 
     def _train(self, trainer: Trainer, metrics: MetricWriter | None) -> Position | None:
         """Train to the end and return where that is; None when interrupted (after a checkpoint)."""
@@ -264,6 +274,8 @@ def _write_metrics(metrics: MetricWriter, record: StepRecord, progress: Progress
     metrics.write("step", step, values)
     if record.report is not None:
         metrics.write("train", step, {"overall": progress.loss, **loss_values(record.report.domains)})
+    if record.weights is not None:
+        metrics.write("weights", step, record.weights)
 
 
 def show_results(config: PretrainConfig, watcher: Watcher) -> None:

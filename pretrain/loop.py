@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mixwright.data_mixing.entries import DomainLoss, Report
 from mixwright.data_mixing.errors import DomainExhausted, PlanMismatch
@@ -19,24 +21,29 @@ from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import Engine
 from mixwright.pretrain.errors import NonFiniteLoss
 from mixwright.pretrain.head import seed_step
-from mixwright.pretrain.objective import DomainSums, Objective
+from mixwright.pretrain.objective import DomainSums, Objective, weighting_at
 from mixwright.pretrain.ranks import ControlWord, PendingControlWord, Ranks
 from mixwright.pretrain.schedules import apply_dropout, dropout_probability, learning_rate
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimizer steps done, and the digest of all rows read so far, in order."""
+    """Where a run stands: optimizer steps done, and the digest of all rows read so far, in order.
+
+    `weighting` is what the instance weighting remembers (WeightingState.to_json).
+    """
 
     step: int = 0
     run_digest: int = 0
+    weighting: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """One optimizer step, known alike on all ranks. Losses are None between reports (no device wait for them).
 
-    `step` counts from 0; `position` is where the run stands after it. Seconds are this rank's.
+    `step` counts from 0; `position` is where the run stands after it. Seconds are this rank's. `weights` are figures of
+    the instance weights since the last report.
     """
 
     step: int
@@ -46,6 +53,7 @@ class StepRecord:
     step_seconds: float
     wait_seconds: float
     report: Report | None
+    weights: dict[str, Any] | None
     stop_requested: bool
 
 
@@ -67,12 +75,24 @@ class Trainer:
         lr = self._prepare_step(step)
         rows = self.feeder.next()
         control = self._announce(rows)
-        for tokens_BS, domain_B in micro_batches(rows, self.config.training.micro_batch_rows):
-            losses = self.engine.forward(self._to_device(tokens_BS))
-            self.engine.backward(self.objective(losses, len(domain_B)))
-            sums.add(losses.nll_N, self._to_device(domain_B))
-            grad_norm = self.engine.step(lr)  # the last micro-batch of the step updates and returns the norm
+        parts = micro_batches(rows, self.config.training.micro_batch_rows)
+        batches = [(self._to_device(tokens_BS), self._to_device(domain_B)) for tokens_BS, domain_B in parts]
+        if self.objective.has_first_pass:
+            self._preview(step, batches)
+        for tokens_BS, domain_B in batches:
+            losses = self.engine.forward(tokens_BS)
+            self.engine.backward(self.objective(losses, tokens_BS, domain_B))
+            sums.add(losses.nll_N, domain_B)
+            divisor = self.objective.end() if self.engine.ends_step else 1.0
+            grad_norm = self.engine.step(lr, divisor)  # the last micro-batch of the step updates and returns the norm
         return grad_norm or 0.0, lr, control.wait()
+
+    @torch.no_grad()
+    def _preview(self, step: int, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The first of two passes: losses alone, with the dropout of the second."""
+        for tokens_BS, domain_B in batches:
+            self.objective.preview(self.engine.forward(tokens_BS), tokens_BS, domain_B)
+        seed_step(self.config.run.seed, step, self.ranks.rank)
 
     def await_decision(self, step: int, timeout_s: float) -> None:
         """Wait with all ranks, at the boundary before `step`, for what an online policy decides to read from there."""
@@ -87,13 +107,14 @@ class Trainer:
             apply_dropout(self.engine.module, dropout)
         if self.leader is not None:
             self.leader.begin_step(step)
+        self.objective.begin(*weighting_at(self.feeder.plan, step))
         return learning_rate(self.config.schedule, self.config.optimizer.lr, step, training.num_steps)
 
     def _announce(self, rows: StepRows) -> PendingControlWord:
         lsn = self.leader.announced_lsn if self.leader is not None else 0
         return PendingControlWord(self.ranks, rows.digest, lsn, self.stop_requested())
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.ranks.device.type == "cuda":
             return tensor.pin_memory().to(self.ranks.device, non_blocking=True)
@@ -115,15 +136,18 @@ def train(trainer: Trainer, start: Position) -> Iterator[StepRecord]:
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"step {step}: {error}; training stops, the last checkpoint is intact") from None
         _check_digest(trainer, step, word)
-        position = Position(step + 1, chain_digest(position.run_digest, word.digest))
+        digest = chain_digest(position.run_digest, word.digest)
+        position = Position(step + 1, digest, trainer.objective.state.to_json())
         window_digest = (window_digest + word.digest) % (1 << 64)
-        report = None
+        report, weights = None, None
         if _report_is_due(config, step) or word.stop or feeder.plan.mark(step + 1):
             report = _report(trainer, sums, window_start, step, window_digest)
+            weights = _weights(trainer, step)
             window_start, window_digest = step + 1, 0
         feeder.follow(word.committed_lsn)
         seconds = time.perf_counter() - began
-        yield StepRecord(step, position, lr, grad_norm, seconds, feeder.wait_seconds - waited, report, word.stop)
+        waited = feeder.wait_seconds - waited
+        yield StepRecord(step, position, lr, grad_norm, seconds, waited, report, weights, word.stop)
         if word.stop:
             return
 
@@ -165,6 +189,12 @@ def _report(trainer: Trainer, sums: DomainSums, first_step: int, last_step: int,
     if trainer.leader is not None:
         trainer.leader.write(report)
     return report
+
+
+def _weights(trainer: Trainer, step: int) -> dict[str, Any] | None:
+    plan = trainer.feeder.plan
+    names = [domain.name for domain in plan.genesis.domains]
+    return trainer.objective.window.take(names, plan.proportions(step).tolist())
 
 
 def _mean_learning_rate(config: PretrainConfig, first_step: int, last_step: int) -> float:

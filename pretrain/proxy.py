@@ -34,8 +34,9 @@ from mixwright.pretrain.config import ModelConfig, OptimizerConfig, Positive, Sc
 from mixwright.pretrain.errors import NonFiniteLoss
 from mixwright.pretrain.head import seed_step
 from mixwright.pretrain.model import build_model, num_parameters
-from mixwright.pretrain.objective import DomainSums, Objective
+from mixwright.pretrain.objective import DomainSums, Objective, Shape, weighting_at
 from mixwright.pretrain.proxy_mixture import DecisionNote, MixturePoint, Steering, steering
+from mixwright.pretrain.ranks import Ranks
 from mixwright.pretrain.schedules import learning_rate
 
 CODE_VERSION = 1
@@ -167,7 +168,9 @@ class ProxyTrainer:
         )
         self.model.train()
         self.optimizer = _adamw(self.model, run.config.optimizer)
-        self._objective = Objective(run.config.rows_per_step, num_ranks=1, z_loss=0.0)
+        rows = run.config.rows_per_step
+        shape = Shape(rows, rows, num_domains=len(genesis.domains), z_loss=0.0, eos_id=manifest.eos_id)
+        self.objective = Objective(shape, Ranks(0, 1, torch.device("cpu"), None))
         self.validation = HeldOut.read(store, genesis, "validation", run.config.validation_rows)
         self.sums = DomainSums(len(genesis.domains), torch.device("cpu"))
 
@@ -178,9 +181,17 @@ class ProxyTrainer:
 
     def forward_backward(self, refs: RowRefs) -> None:
         """Gradients of the mean loss over the rows; their losses are added to `sums`."""
-        losses = self.model(self.gather(refs))
-        self._objective(losses, len(refs.row_n)).backward()  # type: ignore[no-untyped-call]
-        self.sums.add(losses.nll_N, torch.from_numpy(refs.domain_n))
+        tokens_BS, domain_B = self.gather(refs), torch.from_numpy(refs.domain_n)
+        if self.objective.has_first_pass:
+            with torch.no_grad():
+                self.objective.preview(self.model(tokens_BS), tokens_BS, domain_B)
+        losses = self.model(tokens_BS)
+        self.objective(losses, tokens_BS, domain_B).backward()  # type: ignore[no-untyped-call]
+        self.sums.add(losses.nll_N, domain_B)
+        divisor = self.objective.end()
+        for parameter in self.model.parameters() if divisor != 1.0 else ():
+            if parameter.grad is not None:
+                parameter.grad.div_(divisor)
 
     def update(self, step: int) -> float:
         """Optimizer step with the clipped gradients; returns the learning rate. Raises NonFiniteLoss."""
@@ -254,6 +265,7 @@ def train_proxy(run: ProxyRun, store: TokenStore) -> ProxyRecord:
     mixture.begin(curve.measure(0))
     for step in range(run.config.num_steps):
         trainer.begin_step(step)
+        trainer.objective.begin(*weighting_at(mixture.plan, step))
         trainer.forward_backward(mixture.plan.rows(step))
         mixture.note_rate(trainer.update(step))
         stretch = mixture.mark_after(step)

@@ -31,6 +31,18 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value_CS: Tensor) -> Tensor:
+        """Columns of all ranks in the order of ranks; the number of columns may differ between ranks."""
+        if self.size == 1:
+            return value_CS
+        counts = torch.zeros(self.size, dtype=torch.int64, device=value_CS.device)
+        counts[self.rank] = value_CS.shape[1]
+        widths = self.sum(counts).tolist()
+        padded_CS = torch.nn.functional.pad(value_CS, (0, max(widths) - value_CS.shape[1])).contiguous()
+        parts = [torch.empty_like(padded_CS) for _ in range(self.size)]
+        dist.all_gather(parts, padded_CS)
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
     def from_leader(self, value: int) -> int:
         """The leader's `value`, on every rank; all wait for it."""
         word = torch.tensor([value if self.is_leader else 0], dtype=torch.int64)

@@ -14,7 +14,7 @@ from mixwright.pretrain.engine import Engine, accumulation_steps, decayed_groups
 from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
 from mixwright.pretrain.head import LanguageModel
 from mixwright.pretrain.model import build_model
-from mixwright.pretrain.objective import DomainSums, Objective
+from mixwright.pretrain.objective import DomainSums, Objective, Shape
 from mixwright.pretrain.ranks import Ranks
 from tests.pretrain.tiny import tiny_config, tiny_tree
 from tests.ranks import run_ranks
@@ -52,13 +52,13 @@ def train_one(ranks: Ranks, run: Run) -> tuple[list[float], dict[str, torch.Tens
     stage, micro, changes = run
     config = config_for(stage, micro, **changes)
     engine = Engine(config, fixed_model(config), ranks)
-    objective = Objective(ROWS, ranks.size, config.training.z_loss)
+    objective = Objective(Shape(ROWS, micro, 1, config.training.z_loss, eos_id=0), ranks)
     norms = []
     for step in range(STEPS):
         mine = tokens_of(step)[ranks.rank * ROWS // ranks.size : (ranks.rank + 1) * ROWS // ranks.size]
         for batch in mine.split(micro):
             losses = engine.forward(batch)
-            engine.backward(objective(losses, len(batch)))
+            engine.backward(objective(losses, batch, torch.zeros(len(batch), dtype=torch.int64)))
             norm = engine.step(lr=config.optimizer.lr)
         norms.append(norm)
     return norms, engine.full_parameters()
