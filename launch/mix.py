@@ -19,6 +19,7 @@ from mixwright.data_mixing.config_file import read_yaml
 from mixwright.data_mixing.errors import ConfigError, PolicyRejected, ServiceUnavailable, nearest
 from mixwright.launch import mix_online
 from mixwright.launch.fit import fit
+from mixwright.launch.hard_samples import hard_samples
 from mixwright.launch.mix_options import ANSWER_TIMEOUT_S, AsJson, Author, PolicyFile, Run, Timeout, Why, user_name
 from mixwright.launch.simulate import simulate
 
@@ -27,6 +28,7 @@ plan_app = typer.Typer(help="Look at the rows that a run reads.", no_args_is_hel
 app.add_typer(plan_app, name="plan")
 for command in (mix_online.hold, mix_online.resume, mix_online.rollback, mix_online.replay_policy, simulate, fit):
     app.command()(command)
+app.command()(hard_samples)
 
 START_TIMEOUT_S = 120.0
 COMMIT_TIMEOUT_S = 600.0
