@@ -47,13 +47,14 @@ class ModelConfig(StrictModel):
     """Any `transformers` causal language model: a new one from `config`, or the checkpoint at `path`.
 
     `config` is passed to `AutoConfig.for_model` (it must hold `model_type`); the store's vocabulary size is
-    filled in when `vocab_size` is not given.
+    filled in when `vocab_size` is not given. `document_masks` keeps the documents of a row apart.
     """
 
     config: dict[str, Any] | None = None
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    document_masks: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

@@ -44,6 +44,9 @@ class LanguageModel(nn.Module):
     head: Head
     causal_lm: Any
 
+    document_end: int | None = None
+    """The id that ends a document, when tokens of a row attend to their own document only."""
+
     def __init__(self, causal_lm: Any) -> None:
         """`causal_lm` is any `transformers` model with output embeddings; its parameters are shared, not copied."""
         super().__init__()
@@ -58,10 +61,21 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> TokenLosses:
         """Losses of predicting tokens 1.. from tokens ..S-2 of each row; int64 [B, S] in, float32 [B * (S-1)] out."""
-        hidden_BTD = self.backbone(input_ids=tokens_BS[:, :-1], use_cache=False).last_hidden_state
+        inputs_BT = tokens_BS[:, :-1]
+        # transformers masks documents from each other where positions begin again and no other mask is given.
+        packed = {} if self.document_end is None else {"position_ids": document_positions(inputs_BT, self.document_end)}
+        hidden_BTD = self.backbone(input_ids=inputs_BT, use_cache=False, **packed).last_hidden_state
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         losses: TokenLosses = self.head(hidden_ND, tokens_BS[:, 1:].reshape(-1))
         return losses
+
+
+def document_positions(tokens_BT: Tensor, document_end: int) -> Tensor:
+    """Place of each token in its document, int64 [B, T]; a document goes on up to and with `document_end`."""
+    place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    ended_BT = torch.nn.functional.pad(tokens_BT[:, :-1] == document_end, (1, 0))
+    begin_BT = torch.cummax(torch.where(ended_BT, place_T, 0), dim=1).values
+    return place_T - begin_BT
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -34,6 +34,9 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, e
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = LanguageModel(causal_lm)
     _check_head(model, vocab_size)
+    if config.document_masks:
+        model.document_end = eos_id
+        _check_document_masks(model, eos_id)
     return model
 
 
@@ -56,6 +59,27 @@ def _load(path: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise TrainingError(f"model.path: {path!r} cannot be loaded: {_one_line(error)}") from error
+
+
+@torch.no_grad()
+def _check_document_masks(model: LanguageModel, ends: int) -> None:
+    """Try it: whether a document's losses depend on the one before it in the row is a matter of the model's code."""
+    others = [token for token in range(4) if token != ends][:3]
+    rows_BS = torch.tensor(
+        [[others[0], ends, others[1], others[2], ends], [others[2], ends, others[1], others[2], ends]]
+    )
+    was_training = model.training
+    try:
+        losses_BT = model.eval()(rows_BS).nll_N.reshape(2, -1)
+    except TypeError as error:
+        raise TrainingError(f"model.document_masks: this model takes no position_ids: {_one_line(error)}") from error
+    finally:
+        model.train(was_training)
+    if not torch.allclose(losses_BT[0, 2:], losses_BT[1, 2:], rtol=1e-4, atol=1e-5):
+        kind = model.causal_lm.config.model_type
+        raise TrainingError(
+            f"model.document_masks: model type {kind!r} does not keep the documents of a row apart; set it to false"
+        )
 
 
 def _check_vocabulary(config: Any, vocab_size: int) -> None:
