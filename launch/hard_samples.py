@@ -21,7 +21,7 @@ from mixwright.launch.mix_options import AsJson, Run
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
+    from rich.console import Group, RenderableType
 
     from mixwright.data_mixing.plan import Plan
     from mixwright.pretrain.hard_rows import LoggedRows
@@ -55,7 +55,7 @@ def hard_samples(
     last_step: Annotated[int | None, typer.Option(min=0, help="only what was read up to this step")] = None,
     characters: Annotated[int, typer.Option(min=1, help="of each text")] = 300,
     store: Annotated[
-        Path | None, typer.Option(help="the run's token store [default: data.store of its config.yaml]")
+        Path | None, typer.Option(help="the run's token store, where it is not what data.store of its config.yaml says")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,26 +150,37 @@ def _print_table(rows: Sequence[HardRow], title: str) -> None:
 
     from mixwright.launch.mix_tables import FILE_WIDTH
 
-    # Unlike the other tables of `mix` this one wraps its cells: the text is to be read.
-    Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH).print(_table(rows, title))
+    # Unlike the tables of `mix` this one wraps: the text is to be read.
+    Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH).print(_view(rows, title))
 
 
-def _table(rows: Sequence[HardRow], title: str) -> Table:
-    """Texts are of others: shown as text, never as markup, and with control characters spelt out."""
-    from rich.table import Table
+def _view(rows: Sequence[HardRow], title: str) -> Group:
+    """A line of numbers and, below it, the text of each row, which a column would leave too little room for.
+
+    Texts are of others: shown as text, never as markup, and with control characters spelt out.
+    """
+    from rich.console import Group
+    from rich.padding import Padding
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", show_lines=True)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "domain" else "right", no_wrap=True)
-    table.add_column("text", overflow="fold")
-    for row in rows:
-        cells = (
-            row.step, row.position, row.domain, row.row, row.epoch, f"{row.loss:.3f}", f"{row.weight:.3g}", row.seen,
-            row.text,
-        )  # fmt: skip
-        table.add_row(*(Text(spelt_out(str(cell))) for cell in cells))
-    return table
+    cells = [COLUMNS, *(_cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    header, *lines = ("  ".join(_aligned(line, widths)) for line in cells)
+    parts: list[RenderableType] = [Text(spelt_out(title)), Text(header, style="bold")]
+    for line, row in zip(lines, rows, strict=True):
+        parts += [Text(line, style="bold"), Padding(Text(spelt_out(row.text), overflow="fold"), (0, 0, 1, 4))]
+    return Group(*parts)
+
+
+def _cells(row: HardRow) -> tuple[str, ...]:
+    numbers = (str(row.row), str(row.epoch), f"{row.loss:.3f}", f"{row.weight:.3g}", str(row.seen))
+    return (str(row.step), str(row.position), row.domain, *numbers)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    columns = zip(COLUMNS, cells, widths, strict=True)
+    return [cell.ljust(width) if name == "domain" else cell.rjust(width) for name, cell, width in columns]
 
 
 def spelt_out(text: str) -> str:
