@@ -13,6 +13,7 @@ from mixwright.data_mixing.forecast import dead_end, expected_commits, first_ope
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.mixture import assign
 from mixwright.data_mixing.online import OnlineDocument, OnlineKind
+from mixwright.data_mixing.policies import keep
 from mixwright.data_mixing.policy import PolicyDocument, PolicyKind, parse
 from mixwright.data_mixing.rounds import Round
 
@@ -24,14 +25,15 @@ def accept(document: Any, genesis: Genesis, *, history: RunHistory | None = None
     """
     history = history or RunHistory()
     parsed, kind = parse(document)
-    program, marks = _compile(parsed, kind, genesis)
+    before = _kept(parsed, history)
+    program, marks = (before.program, ()) if before else _compile(parsed, kind, genesis)
     _check_at_step(parsed.at_step, genesis, first_open_step(history))
     entry = PolicyEntry(
         document=parsed.model_dump(mode="json", exclude_unset=True),
         program=program,
         counts_from_commit=bool(marks),
         marks=marks,
-        caps=_expand_caps(parsed.caps, genesis),
+        caps={**(before.caps if before else {}), **_expand_caps(parsed.caps, genesis)},
         loss_weighting=parsed.loss_weighting,
         at_step=parsed.at_step,
         shadow=parsed.shadow,
@@ -43,6 +45,12 @@ def accept(document: Any, genesis: Genesis, *, history: RunHistory | None = None
     if reason:
         raise PolicyRejected(reason)
     return entry
+
+
+def _kept(document: PolicyDocument, history: RunHistory) -> PolicyEntry | None:
+    """The policy whose mixture a `keep` goes on with: the one that will be in force then. Raises PolicyRejected."""
+    expected = expected_commits(history)
+    return keep.kept(expected[-1].policy) if isinstance(document, keep.Document) and expected else None
 
 
 def _compile(
