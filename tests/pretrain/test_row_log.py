@@ -333,7 +333,7 @@ def test_a_row_of_several_epochs_appears_once_as_read_last_with_its_count(plan: 
 
 def test_rankings_are_by_brute_force(plan: Plan) -> None:
     log = logged(plan, range(10))
-    log.loss_n[5], log.weight_n[7], log.loss_n[[20, 30]] = np.nan, np.nan, 1.25
+    log.loss_n[[5, 6, 7]], log.loss_n[[20, 30]], log.weight_n[7] = [np.nan, np.inf, -np.inf], 1.25, np.nan
     rows = identify(log, plan)
     finite = [i for i in range(len(log)) if np.isfinite(log.loss_n[i])]
     lighter = [i for i in range(len(log)) if log.weight_n[i] < 0.9999]
