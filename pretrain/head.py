@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixwright.kernels.linear_nll import TokenLosses, linear_nll
@@ -19,7 +20,10 @@ class Head(nn.Module):
     The projection's weight is used inside this module's `forward`, so that ZeRO-3 gathers it there.
     """
 
-    def __init__(self, projection: nn.Linear, softcap: float | None, temperature: float) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, projection: nn.Linear | Head, softcap: float | None, temperature: float) -> None:
         super().__init__()
         self.weight = projection.weight
         self.bias = projection.bias
@@ -28,14 +32,27 @@ class Head(nn.Module):
 
     def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> TokenLosses:
         """Cross-entropy and log-sum-exp of each token, float32 [N], in nats."""
+        features_ND, weight_VD = self.operands(hidden_ND)
         return linear_nll(
-            hidden_ND,
-            self.weight,
+            features_ND,
+            weight_VD,
             targets_N,
             bias_V=self.bias,
             softcap=self.softcap,
             temperature=self.temperature,
         )
+
+    def operands(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [N, D] and output embeddings [V, D] whose products are the logits."""
+        return hidden_ND, self.weight
+
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """Logits of a few tokens, float32 [n, V] (float64 for double inputs)."""
+        logits_nV = F.linear(*self.operands(hidden_nD), self.bias)
+        logits_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
+        if self.softcap is not None:
+            logits_nV = self.softcap * torch.tanh(logits_nV / self.softcap)
+        return logits_nV / self.temperature
 
 
 class LanguageModel(nn.Module):
@@ -61,19 +78,23 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> TokenLosses:
         """Losses of predicting tokens 1.. from tokens ..S-2 of each row; int64 [B, S] in, float32 [B * (S-1)] out."""
+        losses: TokenLosses = self.head(self.hidden_states(tokens_BS), tokens_BS[:, 1:].reshape(-1))
+        return losses
+
+    def hidden_states(self, tokens_BS: Tensor) -> Tensor:
+        """What the head is given for each predicted token, [B * (S-1), D]."""
         inputs_BT = tokens_BS[:, :-1]
         # transformers masks documents from each other where positions begin again and no other mask is given.
         packed = {} if self.document_end is None else {"position_ids": document_positions(inputs_BT, self.document_end)}
         hidden_BTD = self.backbone(input_ids=inputs_BT, use_cache=False, **packed).last_hidden_state
-        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        losses: TokenLosses = self.head(hidden_ND, tokens_BS[:, 1:].reshape(-1))
-        return losses
+        hidden_ND: Tensor = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        return hidden_ND
 
 
 def document_positions(tokens_BT: Tensor, document_end: int) -> Tensor:
     """Place of each token in its document, int64 [B, T]; a document goes on up to and with `document_end`."""
     place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    ended_BT = torch.nn.functional.pad(tokens_BT[:, :-1] == document_end, (1, 0))
+    ended_BT = F.pad(tokens_BT[:, :-1] == document_end, (1, 0))
     begin_BT = torch.cummax(torch.where(ended_BT, place_T, 0), dim=1).values
     return place_T - begin_BT
 

@@ -16,15 +16,29 @@ from mixwright.data_mixing.errors import nearest
 from mixwright.pretrain.config import ModelConfig
 from mixwright.pretrain.errors import TrainingError
 from mixwright.pretrain.head import LanguageModel
+from mixwright.pretrain.model_options.apply import fit_head, language_model
+from mixwright.pretrain.model_options.config import ModelOptions
+from mixwright.pretrain.model_options.exporting import refuse_export_without_head, write_export
+
+PLAIN = ModelOptions()
+"""No option at all."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int) -> LanguageModel:
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    eos_id: int,
+    seed: int,
+    options: ModelOptions = PLAIN,
+) -> LanguageModel:
     """A new or loaded model that fits the token store, in float32; the same on every rank for one `seed`.
 
     Raises TrainingError when the model does not exist, cannot embed the store's tokens, has too few positions,
-    or computes its logits in a way that the Head does not reproduce.
+    computes its logits in a way that the Head does not reproduce, or has no place for one of the options.
     """
     torch.manual_seed(seed)
     causal_lm = _new(config.config, vocab_size, eos_id) if config.config else _load(str(config.path))
@@ -32,8 +46,9 @@ def build_model(config: ModelConfig, *, vocab_size: int, sequence_length: int, e
     _check_positions(causal_lm.config, sequence_length)
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    model = LanguageModel(causal_lm)
+    model = language_model(causal_lm, options, is_new=config.config is not None)
     _check_head(model, vocab_size)
+    fit_head(model, options)
     if config.document_masks:
         model.document_end = eos_id
         _check_document_masks(model, eos_id)
@@ -55,6 +70,7 @@ def _new(settings: dict[str, Any], vocab_size: int, eos_id: int) -> Any:
 
 
 def _load(path: str) -> Any:
+    refuse_export_without_head(Path(path))
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -125,7 +141,7 @@ def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder
         name: buffer for name, buffer in model.causal_lm.state_dict().items() if name not in state and buffer.numel()
     }
     disable_progress_bar()
-    model.causal_lm.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    write_export(model, state, parameters, folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -35,8 +35,18 @@ def dropout_probability(points: Sequence[DropoutPoint], step: int) -> float | No
 
 def apply_dropout(model: nn.Module, p: float) -> None:
     """Set every dropout probability of a `transformers` model: dropout modules and attention dropout."""
+    for module, name in _dropout_places(model):
+        setattr(module, name, p)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether `apply_dropout` finds anything to set."""
+    return next(_dropout_places(model), None) is not None
+
+
+def _dropout_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = p
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = p  # type: ignore[assignment]
+            yield module, "p"
+        elif isinstance(getattr(module, "attention_dropout", None), float | int):
+            yield module, "attention_dropout"
