@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mixwright.data_mixing.config_file import StrictModel, load_config, read_yaml
 from mixwright.data_mixing.errors import ConfigError, nearest
+from mixwright.pretrain.model_options.config import ModelOptions
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -177,6 +178,7 @@ class PretrainConfig(StrictModel):
     run: RunConfig
     data: DataConfig
     model: ModelConfig
+    options: ModelOptions = ModelOptions()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
@@ -204,6 +206,17 @@ class PretrainConfig(StrictModel):
                 f"{self.schedule.warmup_steps + self.schedule.decay_steps} exceeds "
                 f"training.num_steps = {self.training.num_steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> PretrainConfig:
+        self.options.check_fit(
+            is_new_model=self.model.config is not None,
+            zero_stage=self.training.zero_stage,
+            gradient_checkpointing=self.model.gradient_checkpointing,
+            num_steps=self.training.num_steps,
+            drops_already=bool(self.training.dropout),
+        )
         return self
 
     @property

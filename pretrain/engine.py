@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from mixwright.kernels.linear_nll import TokenLosses
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
+from mixwright.pretrain.model_options.apply import follow_updates
 from mixwright.pretrain.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,13 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_settings(config, ranks.size), dist_init_required=False
         )
+        follow_updates(
+            config.options, optimizer, model, self._sum_of_parts if _zero_stage(config) else lambda sums: sums
+        )
+
+    def _sum_of_parts(self, sums: Tensor) -> Tensor:
+        """Sums over this rank's part of the optimizer's values, wherever they are kept, over all ranks."""
+        return self.ranks.sum(sums.to(self.ranks.device)).to(sums.device)
 
     @property
     def module(self) -> Any:

@@ -79,6 +79,7 @@ class Job:
             sequence_length=manifest.sequence_length,
             eos_id=manifest.eos_id,
             seed=config.run.seed,
+            options=config.options,
         )
         watcher.say(
             f"model: {num_parameters(model):,} parameters, {ranks.size} rank(s), ZeRO {config.training.zero_stage}"

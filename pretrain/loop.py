@@ -21,6 +21,7 @@ from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import Engine
 from mixwright.pretrain.errors import NonFiniteLoss
 from mixwright.pretrain.head import seed_step
+from mixwright.pretrain.model_options.apply import begin_step
 from mixwright.pretrain.objective import DomainSums, Objective, weighting_at
 from mixwright.pretrain.ranks import ControlWord, PendingControlWord, Ranks
 from mixwright.pretrain.schedules import apply_dropout, dropout_probability, learning_rate
@@ -105,6 +106,7 @@ class Trainer:
         dropout = dropout_probability(training.dropout, step)
         if dropout is not None:
             apply_dropout(self.engine.module, dropout)
+        begin_step(self.engine.module, self.config.options, self.config.run.seed, step)
         if self.leader is not None:
             self.leader.begin_step(step)
         self.objective.begin(*weighting_at(self.feeder.plan, step))
