@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from mixwright.data_mixing.config_file import StrictModel
@@ -34,6 +34,8 @@ from mixwright.pretrain.config import ModelConfig, OptimizerConfig, Positive, Sc
 from mixwright.pretrain.errors import NonFiniteLoss
 from mixwright.pretrain.head import seed_step
 from mixwright.pretrain.model import build_model, num_parameters
+from mixwright.pretrain.model_options.apply import begin_step, follow_updates
+from mixwright.pretrain.model_options.config import ModelOptions
 from mixwright.pretrain.objective import DomainSums, Objective, Shape, weighting_at
 from mixwright.pretrain.proxy_mixture import DecisionNote, MixturePoint, Steering, steering
 from mixwright.pretrain.ranks import Ranks
@@ -52,6 +54,7 @@ class ProxyConfig(StrictModel):
     """Model, optimizer and length of a proxy run; `rows` are of the store's length."""
 
     model: ModelConfig
+    options: ModelOptions = ModelOptions()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     num_steps: Positive
@@ -59,6 +62,17 @@ class ProxyConfig(StrictModel):
     clip_norm: float = Field(default=1.0, gt=0)
     validation_rows: Positive = 16
     test_rows: Positive = 64
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> ProxyConfig:
+        self.options.check_fit(
+            is_new_model=self.model.config is not None,
+            zero_stage=0,
+            gradient_checkpointing=self.model.gradient_checkpointing,
+            num_steps=self.num_steps,
+            drops_already=False,
+        )
+        return self
 
     def of_length(self, num_steps: int) -> ProxyConfig:
         """The same with `num_steps` steps; the warm-up keeps its share of them."""
@@ -165,9 +179,11 @@ class ProxyTrainer:
             sequence_length=manifest.sequence_length,
             eos_id=manifest.eos_id,
             seed=run.seed,
+            options=run.config.options,
         )
         self.model.train()
         self.optimizer = _adamw(self.model, run.config.optimizer)
+        follow_updates(run.config.options, self.optimizer, self.model, lambda sums: sums)
         rows = run.config.rows_per_step
         shape = Shape(rows, rows, num_domains=len(genesis.domains), z_loss=0.0, eos_id=manifest.eos_id)
         self.objective = Objective(shape, Ranks(0, 1, torch.device("cpu"), None))
@@ -206,8 +222,9 @@ class ProxyTrainer:
         return rate
 
     def begin_step(self, step: int) -> None:
-        """Seed dropout, as a job does."""
+        """Seed dropout and set the model's options, as a job does."""
         seed_step(self._seed, step, rank=0)
+        begin_step(self.model, self.config.options, self._seed, step)
 
     @torch.no_grad()
     def evaluate(self, held_out: HeldOut) -> NDArray[np.float64]:
@@ -302,11 +319,13 @@ def run_key(run: ProxyRun, store_fingerprint: str) -> str:
     The version of an online policy's code is its source: policies are worked on while studies of them exist.
     Raises PolicyRejected for an unknown kind.
     """
+    # Options count once there are any: keys of runs without them are those of the time before options.
+    plain = run.config.options == ModelOptions()
     content = {
         "version": CODE_VERSION,
         "type": type(run).__name__,
         "store": store_fingerprint,
-        **run.model_dump(mode="json", exclude={"store"}),
+        **run.model_dump(mode="json", exclude={"store": True, "config": {"options"} if plain else set()}),
     }
     kind = find_kind(run.policy.get("kind"))
     if hasattr(kind, "propose"):
@@ -325,7 +344,7 @@ def _policy_source(path: Path) -> str:
 
 def _adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Decay on matrices only, as in a job."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
