@@ -25,6 +25,7 @@ from mixwright.pretrain.evaluate import evaluate
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
 from mixwright.pretrain.metrics import MetricWriter, loss_values, overall_loss, peak_memory_bytes, read_metrics
 from mixwright.pretrain.model import build_model, export, num_parameters
+from mixwright.pretrain.model_options.exporting import how_to_load
 from mixwright.pretrain.objective import Objective, Shape
 from mixwright.pretrain.progress import Progress, Watcher
 from mixwright.pretrain.ranks import Ranks, launched_rank
@@ -294,7 +295,7 @@ def show_results(config: PretrainConfig, watcher: Watcher) -> None:
     checkpoint = config.run_dir / "checkpoints" / (history.checkpoints[-1].tag if history.checkpoints else "")
     watcher.say(f"report:      {config.run_dir / 'report.html'}")
     watcher.say(f"checkpoint:  {checkpoint}")
-    watcher.say(f"model:       {config.run_dir / 'export'}  (transformers: AutoModelForCausalLM.from_pretrained)")
+    watcher.say(f"model:       {config.run_dir / 'export'}  ({how_to_load(config.run_dir / 'export')})")
 
 
 def _perplexity(record: Mapping[str, Mapping[str, float]], name: str) -> str:

@@ -10,7 +10,6 @@ normalised softmax of hidden states         no plain model computes it: the body
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from mixwright.pretrain.head import LanguageModel
 from mixwright.pretrain.model_options.compander import merge
 from mixwright.pretrain.model_options.normalised_head import NormalisedHead
 from mixwright.pretrain.model_options.stochastic_experts import first_paths
-
-logger = logging.getLogger(__name__)
 
 HEAD_FILE = "normalised_head.safetensors"
 
@@ -46,12 +43,16 @@ def write_export(model: LanguageModel, state: dict[str, Tensor], parameters: dic
         causal_lm.base_model.save_pretrained(folder, state_dict=body)
     biases = {} if head.bias is None else {"bias": parameters["head.bias"]}
     save_file({"weight": weight_VD, **biases}, folder / HEAD_FILE, metadata={"hidden": "normalised to length 1"})
-    logger.warning(
-        "%s: holds the body only (AutoModel); its head normalises hidden states, which no plain causal language model "
-        "does, and is beside it in %s",
-        folder,
-        HEAD_FILE,
-    )
+
+
+def how_to_load(folder: Path) -> str:
+    """One line for the end of a run: what the folder holds."""
+    if (folder / HEAD_FILE).exists():
+        return (
+            "transformers: AutoModel.from_pretrained, the body alone: its head normalises hidden states, which no "
+            f"plain model does, and is in {HEAD_FILE}"
+        )
+    return "transformers: AutoModelForCausalLM.from_pretrained"
 
 
 def refuse_export_without_head(folder: Path) -> None:
