@@ -54,8 +54,9 @@ types: install .typecheck/mixwright  ## static types
 
 check: lint types test  ## all of the above
 
-bench: install  ## training throughput beside transformers.Trainer, in one run
+bench: install  ## training throughput beside transformers.Trainer; what instance weights cost
 	$(BIN)/python -m tests.benchmarks.bench_training
+	$(BIN)/python -m tests.benchmarks.bench_weighting
 
 bench-data: install  ## rows into a rank beside other loaders; gather, plan, journal, controller
 	$(BIN)/python -m tests.benchmarks.bench_gather

@@ -167,9 +167,13 @@ class CheckpointConfig(StrictModel):
 
 
 class MetricsConfig(StrictModel):
-    """Where figures go besides the console; `metrics.jsonl` is always written."""
+    """Where figures go besides the console; `metrics.jsonl` is always written.
+
+    `row_log` keeps loss and weight of every row that is trained on, for `mixwright mix hard-samples`.
+    """
 
     tensorboard: bool = True
+    row_log: bool = False
 
 
 class PretrainConfig(StrictModel):

@@ -30,6 +30,7 @@ from mixwright.pretrain.objective import Objective, Shape
 from mixwright.pretrain.progress import Progress, Watcher
 from mixwright.pretrain.ranks import Ranks, launched_rank
 from mixwright.pretrain.report import write_report
+from mixwright.pretrain.row_log import RowLossLog, row_log_folder
 from mixwright.pretrain.rundir import journal_folder, read_history, sole_trainer, write_resolved_config
 from mixwright.pretrain.start import MixingSide, StopRequest, ensure_store, open_mixing, open_store
 
@@ -101,7 +102,10 @@ class Job:
             if self.start.step == 0:
                 self._test(metrics, self.start)
             attempt, objective = self.mixing.attempt, self._objective()
-            trainer = Trainer(config, self.engine, objective, self.ranks, feeder, leader, attempt, stop.is_requested)
+            row_log = stack.enter_context(self._row_log()) if config.metrics.row_log else None
+            trainer = Trainer(
+                config, self.engine, objective, self.ranks, feeder, leader, attempt, stop.is_requested, row_log
+            )
             end = self._train(trainer, metrics)
             if end is None:
                 self.watcher.say("interrupted; run the same command again to go on")
@@ -138,6 +142,9 @@ class Job:
             start_step=self.start.step,
             prefetch_steps=self.config.mixing.prefetch_steps,
         )
+
+    def _row_log(self) -> RowLossLog:
+        return RowLossLog(row_log_folder(self.config.run_dir), self.ranks.rank, self.mixing.attempt)
 
     def _objective(self) -> Objective:
         training, remembered = self.config.training, self.start.weighting
@@ -191,6 +198,8 @@ class Job:
             trainer.await_decision(position.step, mark.timeout_s)
 
     def _save(self, trainer: Trainer, position: Position) -> None:
+        if trainer.row_log is not None:
+            trainer.row_log.flush()
         checkpoint = self.checkpoints.save(self.engine, position)
         if trainer.leader is not None:
             trainer.leader.write(checkpoint)

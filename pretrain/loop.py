@@ -16,7 +16,7 @@ from mixwright.data_mixing.entries import DomainLoss, Report
 from mixwright.data_mixing.errors import DomainExhausted, PlanMismatch
 from mixwright.data_mixing.feeder import Feeder, StepRows, micro_batches
 from mixwright.data_mixing.leader import Leader
-from mixwright.data_mixing.plan import chain_digest
+from mixwright.data_mixing.plan import chain_digest, rank_positions
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import Engine
 from mixwright.pretrain.errors import NonFiniteLoss
@@ -24,6 +24,7 @@ from mixwright.pretrain.head import seed_step
 from mixwright.pretrain.model_options.apply import begin_step
 from mixwright.pretrain.objective import DomainSums, Objective, weighting_at
 from mixwright.pretrain.ranks import ControlWord, PendingControlWord, Ranks
+from mixwright.pretrain.row_log import RowLossLog
 from mixwright.pretrain.schedules import apply_dropout, dropout_probability, learning_rate
 
 
@@ -70,6 +71,7 @@ class Trainer:
     leader: Leader | None
     attempt: int
     stop_requested: Callable[[], bool]
+    row_log: RowLossLog | None = None
 
     def train_step(self, step: int, sums: DomainSums) -> tuple[float, float, ControlWord]:
         """One optimizer step; returns the gradient norm, the learning rate and what all ranks know of the step."""
@@ -80,13 +82,24 @@ class Trainer:
         batches = [(self._to_device(tokens_BS), self._to_device(domain_B)) for tokens_BS, domain_B in parts]
         if self.objective.has_first_pass:
             self._preview(step, batches)
+        row_losses = []
         for tokens_BS, domain_B in batches:
             losses = self.engine.forward(tokens_BS)
             self.engine.backward(self.objective(losses, tokens_BS, domain_B))
             sums.add(losses.nll_N, domain_B)
+            row_losses.append(losses.nll_N.detach().reshape(len(domain_B), -1).mean(dim=1))
             divisor = self.objective.end() if self.engine.ends_step else 1.0
             grad_norm = self.engine.step(lr, divisor)  # the last micro-batch of the step updates and returns the norm
+        if self.row_log is not None:
+            self._log_rows(self.row_log, step, torch.cat(row_losses), divisor)
         return grad_norm or 0.0, lr, control.wait()
+
+    def _log_rows(self, log: RowLossLog, step: int, loss_n: Tensor, divisor: float) -> None:
+        """This rank's rows of the step; waits for the device."""
+        weight_n = self.objective.row_weights(divisor)
+        weight_n = torch.ones_like(loss_n) if weight_n is None else weight_n
+        mine = rank_positions(self.config.training.rows_per_step, self.ranks.rank, self.ranks.size)
+        log.add(step, np.arange(mine.start, mine.stop), loss_n.float().cpu().numpy(), weight_n.float().cpu().numpy())
 
     @torch.no_grad()
     def _preview(self, step: int, batches: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -81,6 +81,7 @@ class Objective:
         self._in_force: InForce | None = None
         self._seen: list[Samples] = []
         self._mass: list[Tensor] = []
+        self._row_mass: list[Tensor] = []
         self._known: list[Tensor] = []
 
     def begin(self, in_force: InForce | None, before: LossWeighting | None = None) -> None:
@@ -89,7 +90,7 @@ class Objective:
         if self._in_force and before and not before.is_uniform and _differs(before, self._in_force.weighting):
             none = WeightingState.none(self.shape.num_domains)
             self.state = WeightingState(none.low_G, none.high_G, self.state.mean_G, none.level_G, none.inverse_r)
-        self._seen, self._mass, self._known = [], [], []
+        self._seen, self._mass, self._known, self._row_mass = [], [], [], []
 
     @property
     def has_first_pass(self) -> bool:
@@ -108,6 +109,7 @@ class Objective:
         samples, sample_N = self._samples(losses.nll_N.detach(), tokens_BS, domain_B)
         mass_S = self._sample_mass(samples, num_tokens)
         token_mass_N = (mass_S / torch.clamp(samples.tokens_S, min=1.0))[sample_N]
+        self._row_mass.append(token_mass_N.reshape(len(domain_B), -1).sum(dim=1))
         total = (token_mass_N * torch.where(token_mass_N > 0, losses.nll_N, 0.0)).sum()
         if self.shape.z_loss:
             follows = self._in_force.weighting.z_loss == "weights"
@@ -127,6 +129,13 @@ class Objective:
         self.state = updated(self.state, weighting, samples, self._in_force.inverse_r)
         self.window.add(mass_S, samples)
         return (float(mass_S.sum()) or 1.0) if weighting.scope == "step_deferred" else 1.0
+
+    def row_weights(self, divisor: float) -> Tensor | None:
+        """Weight of each of this rank's rows over what uniform weighting gives it, [rows of the rank]; None: all 1.
+
+        `divisor` is what `end` returned.
+        """
+        return torch.cat(self._row_mass) * (self.shape.rows_per_step / divisor) if self._row_mass else None
 
     def _uniform(self, losses: TokenLosses, num_tokens: int) -> Tensor:
         total = losses.nll_N.sum()

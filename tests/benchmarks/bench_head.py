@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +65,14 @@ class Stepper:
         return float(loss.detach())
 
 
-def peak_bytes(config: PretrainConfig, side: str) -> int:
+class Steps(Protocol):
+    """Something that does one optimizer step."""
+
+    def step(self) -> object: ...
+
+
+def peak_bytes_of(stepper: Steps) -> int:
     """Resident high-water mark of two steps beyond what is resident once the model is there."""
-    stepper = Stepper(config, SIDES[side])
     Path("/proc/self/clear_refs").write_text("5")
     held = _status_kib("VmRSS")
     for _ in range(2):
@@ -88,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_pretrain_config(arguments.config)
     if arguments.peak_of:
-        print(peak_bytes(config, arguments.peak_of))
+        print(peak_bytes_of(Stepper(config, SIDES[arguments.peak_of])))
         return
     steppers = {side: Stepper(config, loss) for side, loss in SIDES.items()}
     losses = {side: stepper.step() for side, stepper in steppers.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mixwright.pretrain.row_log import read_row_log, row_log_folder
 from tests.pretrain.jobs import (
     digests,
     finish,
@@ -31,6 +32,7 @@ def config_in(folder: Path, store: Path, **weighting: Any) -> Path:
     """Weights, aioli, z-loss, accumulation and bounded gradients in one run."""
     folder.mkdir()
     tree = tiny_tree(folder, store, training__num_steps=NUM_STEPS, training__z_loss=1e-3, training__micro_batch_rows=2)
+    tree["metrics"] = {"row_log": True}
     tree["mixing"].update(policy={**AIOLI, "loss_weighting": {**WEIGHTING, **weighting}}, service="required")
     return write_config(folder, tree)
 
@@ -57,6 +59,15 @@ def test_killed_and_resumed_it_weighs_as_if_nothing_had_happened(tiny_store: Pat
     assert weights[-1] == undisturbed[-1]
     assert 0.3 < weights[-1]["effective_sample_size"] < 0.99
     assert sum(weights[-1]["weight_share"].values()) == pytest.approx(1)
+    logged, expected = read_row_log(row_log_folder(run_dir)), read_row_log(row_log_folder(whole))
+    assert logged.weight_n.tolist() == expected.weight_n.tolist()
+    assert (
+        logged.position_n.tolist()
+        == list(range(tiny_tree(tmp_path, tiny_store)["training"]["rows_per_step"])) * NUM_STEPS
+    )
+    assert len({round(float(weight), 4) for weight in logged.weight_n}) > NUM_STEPS
+    shown = mixwright("mix", "hard-samples", "--run", str(run_dir), "--by", "down-weighted", "--count", "3", "--json")
+    assert shown.returncode == 0, shown.stderr
     assert history_of(run_dir).commits[0].policy.loss_weighting is not None
 
 
