@@ -143,7 +143,7 @@ def read_row_log(folder: Path) -> RowLog:
     """
     names = [name for path in folder.iterdir() if (name := _NAME.fullmatch(path.name))] if folder.is_dir() else []
     if not names:
-        raise DataError(f"{folder}: no row log; training writes one when its configuration asks for it")
+        raise DataError(f"{folder}: no row log; training writes one with `metrics.row_log: true`")
     first_steps: dict[int, int] = {}
     for name in names:
         step, attempt = int(name[1]), int(name[2])

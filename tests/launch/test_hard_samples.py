@@ -265,6 +265,4 @@ def test_the_command_itself_ends_with_one_line_and_exit_code_2(tiny_store: Path,
     words = [sys.executable, "-m", "mixwright.launch.cli", "mix", "hard-samples", "--run", str(run_dir)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"error: {run_dir}/row_log: no row log; training writes one when its configuration asks for it\n"
-    )
+    assert done.stderr == (f"error: {run_dir}/row_log: no row log; training writes one with `metrics.row_log: true`\n")

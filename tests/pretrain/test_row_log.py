@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_leaves_nothing_half_written_and_keeps_the_rows(
 
 def test_a_folder_without_a_log_says_so(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(DataError, match=f"{folder}: no row log; training writes one when"):
+        with pytest.raises(DataError, match=f"{folder}: no row log; training writes one with"):
             read_row_log(folder)
 
 
