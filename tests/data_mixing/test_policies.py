@@ -18,7 +18,7 @@ from mixwright.data_mixing.errors import PolicyRejected
 from mixwright.data_mixing.plan import CommittedPolicy, Plan
 from mixwright.data_mixing.policies.schedule import MAX_RAMP_SEGMENTS
 from mixwright.data_mixing.policy import policy_kinds
-from tests.data_mixing.run_cases import SIZES, genesis
+from tests.data_mixing.run_cases import SIZES, TrainerSide, genesis
 
 NAMES = list(SIZES)
 TOLERANCE = len(NAMES) / PROPORTION_TOTAL
@@ -202,8 +202,9 @@ def test_the_policy_that_the_guide_adds_works_as_one_file(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "policies").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_examples_are_accepted_by_a_run_on_the_corpora_they_are_for(path: Path) -> None:
+def test_the_examples_are_accepted_by_a_run_on_the_corpora_they_are_for(path: Path, tmp_path: Path) -> None:
     corpora = "quickstart_corpora.yaml" if path.name.startswith("quickstart") else "shared_corpora.yaml"
     names = yaml.safe_load((CONFIGS / corpora).read_text())["domains"]
-    run = genesis(sizes=dict.fromkeys(names, 2000), num_steps=3000)
-    assert accept(path.read_text(), run).program
+    first = {"kind": "static", "mixture": dict.fromkeys(names, 1)}
+    begun = TrainerSide(tmp_path / "exp", genesis(sizes=dict.fromkeys(names, 2000), num_steps=3000), first)
+    assert accept(path.read_text(), begun.genesis, history=begun.history).program
