@@ -245,3 +245,35 @@ def test_a_rank_without_segments_has_no_means() -> None:
     mean_S, count_S = segment_means(nothing_N, no_segment_N, 0, no_segment_N.bool())
     assert mean_S.shape == count_S.shape == (0,)
     assert spread_over_tokens(mean_S, no_segment_N, count_S, no_segment_N.bool()).shape == (0,)
+
+
+def accuracy_after_noisy_training(strength: float) -> float:
+    """Clean accuracy of a small network that was trained to the end on labels of which 40 % are wrong."""
+    generator = torch.Generator().manual_seed(0)
+    classes, dimensions, number = 4, 16, 400
+    centre_KD = torch.randn(classes, dimensions, generator=generator)
+    label_N = torch.arange(2 * number) % classes
+    point_ND = centre_KD[label_N] + 1.2 * torch.randn(2 * number, dimensions, generator=generator)
+    is_wrong_N = torch.rand(number, generator=generator) < 0.4
+    noisy_N = torch.where(is_wrong_N, (label_N[:number] + 1) % classes, label_N[:number])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(dimensions, 128), torch.nn.ReLU(), torch.nn.Linear(128, classes))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    table_NK = torch.zeros(number, classes)
+    for _ in range(300):
+        logits_NK = model(point_ND[:number])
+        probability_NK = torch.clamp(torch.softmax(logits_NK, 1), 1e-4, 1 - 1e-4)
+        kept_NK = (probability_NK / probability_NK.sum(1, keepdim=True)).detach()
+        table_NK = 0.7 * table_NK + 0.3 * kept_NK
+        agreement_N = (table_NK * probability_NK).sum(1)
+        nll_N = torch.nn.functional.cross_entropy(logits_NK, noisy_N, reduction="none")
+        optimizer.zero_grad()
+        (nll_N + strength * elr_penalty(agreement_N)).mean().backward()
+        optimizer.step()
+    return float((model(point_ND[number:]).argmax(1) == label_N[number:]).float().mean())
+
+
+def test_elr_keeps_what_was_learned_early_where_cross_entropy_memorises_wrong_labels() -> None:
+    plain, regularised = accuracy_after_noisy_training(0.0), accuracy_after_noisy_training(3.0)
+    assert plain < 0.8
+    assert regularised > plain + 0.1
