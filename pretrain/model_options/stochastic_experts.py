@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixwright.data_mixing.permutation import mix_key
+from mixwright.kernels.blocks import rows_per_scratch
 from mixwright.kernels.linear_nll import TokenLosses
 from mixwright.pretrain.errors import TrainingError
 from mixwright.pretrain.head import Head, LanguageModel
 from mixwright.pretrain.model_options.config import StochasticExperts
-
-BLOCK_ELEMENTS = 1 << 24
-"""Logits of each pass that the consistency loss holds at once."""
 
 
 class Paths(nn.Module):
@@ -107,7 +105,8 @@ def consistency(head: Head, first_ND: Tensor, second_ND: Tensor) -> Tensor:
 
     Blocks of tokens are computed again in the backward, so logits of all tokens are never in memory.
     """
-    rows = max(BLOCK_ELEMENTS // head.weight.shape[0], 1)
+    row_dtype = torch.float64 if first_ND.dtype == torch.float64 else torch.float32
+    rows = rows_per_scratch(head.weight.shape[0], row_dtype, first_ND.device)
     blocks = zip(torch.split(first_ND, rows), torch.split(second_ND, rows), strict=True)
     parts = [
         checkpoint(_block_consistency, head, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks
@@ -121,8 +120,30 @@ def _block_consistency(head: Head, first_nD: Tensor, second_nD: Tensor) -> Tenso
 
 def half_symmetric_kl(first_nV: Tensor, second_nV: Tensor) -> Tensor:
     """1/2 [KL(p || q) + KL(q || p)] of two rows of logits, [n], nats."""
-    log_p_nV, log_q_nV = first_nV.log_softmax(-1), second_nV.log_softmax(-1)
-    return ((log_p_nV.exp() - log_q_nV.exp()) * (log_p_nV - log_q_nV)).sum(-1) / 2
+    value_n: Tensor = _HalfSymmetricKL.apply(first_nV, second_nV)  # type: ignore[no-untyped-call]
+    return value_n
+
+
+class _HalfSymmetricKL(torch.autograd.Function):
+    """d/dz_p = 1/2 [ p (log p - log q - KL(p || q)) + p - q ], and with p and q exchanged for z_q."""
+
+    @staticmethod
+    def forward(ctx: Any, first_nV: Tensor, second_nV: Tensor) -> Tensor:
+        log_p_nV, log_q_nV = first_nV.log_softmax(-1), second_nV.log_softmax(-1)
+        ratio_nV = log_p_nV - log_q_nV
+        p_nV, q_nV = log_p_nV.exp_(), log_q_nV.exp_()
+        ctx.save_for_backward(p_nV, q_nV, ratio_nV)
+        return torch.einsum("nv,nv->n", p_nV - q_nV, ratio_nV) / 2
+
+    @staticmethod
+    def backward(ctx: Any, upstream_n: Tensor) -> tuple[Tensor, Tensor]:
+        p_nV, q_nV, ratio_nV = ctx.saved_tensors
+        gap_nV, half_n1 = p_nV - q_nV, upstream_n[:, None] / 2
+        forward_n1 = torch.einsum("nv,nv->n", p_nV, ratio_nV)[:, None]
+        backward_n1 = torch.einsum("nv,nv->n", q_nV, ratio_nV)[:, None]
+        first_nV = torch.addcmul(gap_nV, p_nV, ratio_nV - forward_n1).mul_(half_n1)
+        second_nV = torch.addcmul(gap_nV, q_nV, ratio_nV - backward_n1).mul_(-half_n1)
+        return first_nV, second_nV
 
 
 def install(causal_lm: Any, config: StochasticExperts, *, is_new: bool) -> None:

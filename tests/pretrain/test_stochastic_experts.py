@@ -40,16 +40,22 @@ def test_logits_of_120_have_a_finite_loss_and_finite_gradients() -> None:
     second = torch.tensor([[-120.0, 0, 120]], requires_grad=True)
     value = half_symmetric_kl(first, second)
     value.sum().backward()
-    assert float(value) == pytest.approx(240)
+    assert value.item() == pytest.approx(240)
     assert torch.isfinite(first.grad).all()
     assert torch.isfinite(second.grad).all()
+
+
+def test_the_gradient_is_the_numerical_one() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(half_symmetric_kl, logits)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_blocks_of_tokens_give_the_values_and_gradients_of_all_at_once(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stochastic_experts, "BLOCK_ELEMENTS", rows * 97)
+    monkeypatch.setattr(stochastic_experts, "rows_per_scratch", lambda *_: rows)
     head = model_with({**LLAMA, "model_type": "gemma2", "final_logit_softcapping": 5.0, "head_dim": 8}).double().head
     torch.manual_seed(0)
     first, second = (torch.randn(10, 32, dtype=torch.float64, requires_grad=True) for _ in range(2))
