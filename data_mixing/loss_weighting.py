@@ -45,7 +45,7 @@ class LossWeighting(StrictModel):
     warmup_steps: int = Field(default=0, ge=0, strict=True)
     quantiles: tuple[float, float] = (0.0, 1.0)
     rho: float = Field(default=1.0, ge=0, le=1)
-    range_memory: float = Field(default=8.0, ge=1)
+    range_memory: float = Field(default=4.0, ge=1)
     mean_memory: float = Field(default=100.0, ge=1)
     z_loss: Literal["weights", "tokens"] = "weights"
 

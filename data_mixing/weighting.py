@@ -28,6 +28,8 @@ _LARGEST_TILT = 5.0
 
 _SMALLEST_R, _LARGEST_R = 1e-3, 1e3
 
+_ARRAYS = ("low_G", "high_G", "low_trend_G", "high_trend_G", "mean_G", "level_G")
+
 STRATEGIES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": torch.ones_like,
     "linupper": lambda h_S: torch.clamp(h_S + 1, max=1.0),
@@ -77,11 +79,15 @@ class Scale:
 class WeightingState:
     """What a weighting remembers from step to step; NaN where nothing has been seen. float64 on the CPU, [G].
 
-    low, high: lagged range. mean: running mean loss. level: lagged mean of g. inverse_r: found by `target_ess`.
+    low, high: ends of the range, smoothed, with what they change by in a step (Holt's linear smoothing: while losses
+    fall quickly a plain average would lie above all of them, and samples below the range are all alike). mean: running
+    mean loss. level: lagged mean of g. inverse_r: found by `target_ess`.
     """
 
     low_G: Tensor
     high_G: Tensor
+    low_trend_G: Tensor
+    high_trend_G: Tensor
     mean_G: Tensor
     level_G: Tensor
     inverse_r: float
@@ -90,19 +96,21 @@ class WeightingState:
     def none(cls, num_domains: int) -> WeightingState:
         """Nothing has been seen."""
         unknown_G = torch.full((num_domains,), torch.nan, dtype=torch.float64)
-        return cls(unknown_G, unknown_G, unknown_G, unknown_G, 0.0)
+        return cls(**dict.fromkeys(_ARRAYS, unknown_G), inverse_r=0.0)
+
+    @property
+    def range_G(self) -> tuple[Tensor, Tensor]:
+        """The range to expect of the next step."""
+        return self.low_G + self.low_trend_G, self.high_G + self.high_trend_G
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; exact."""
-        arrays = ("low_G", "high_G", "mean_G", "level_G")
-        return {**{name: getattr(self, name).tolist() for name in arrays}, "inverse_r": self.inverse_r}
+        return {**{name: getattr(self, name).tolist() for name in _ARRAYS}, "inverse_r": self.inverse_r}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> WeightingState:
         """The inverse of `to_json`."""
-        arrays = {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in state.items() if isinstance(value, list)
-        }
+        arrays = {name: torch.tensor(state[name], dtype=torch.float64) for name in _ARRAYS}
         return cls(**arrays, inverse_r=float(state["inverse_r"]))
 
 
@@ -230,7 +238,7 @@ def lagged_factors(weighting: LossWeighting, samples: Samples, state: WeightingS
     score_S = scores(weighting, samples, state.mean_G, state.mean_G)
     if weighting.target_ess is not None:
         inverse_r = inverse_r * state.inverse_r
-    factor_S = factors(weighting, samples, score_S, Scale(state.low_G, state.high_G, inverse_r))
+    factor_S = factors(weighting, samples, score_S, Scale(*state.range_G, inverse_r))
     if weighting.within == "domain":
         factor_S = level_out(factor_S, samples.domain_S, state.level_G)
     return factor_S
@@ -249,14 +257,28 @@ def updated(state: WeightingState, weighting: LossWeighting, samples: Samples, i
         inverse_r = inverse_r * found_r
     factor_S = factors(weighting, samples, score_S, Scale(low_G, high_G, inverse_r))
     level_G = mean_factors(factor_S, samples, num_domains)
+    low_G, low_trend_G = _follow(state.low_G, state.low_trend_G, low_G, weighting.range_memory)
+    high_G, high_trend_G = _follow(state.high_G, state.high_trend_G, high_G, weighting.range_memory)
     return replace(
         state,
-        low_G=_remember(state.low_G, low_G, weighting.range_memory),
-        high_G=_remember(state.high_G, high_G, weighting.range_memory),
+        low_G=low_G,
+        high_G=high_G,
+        low_trend_G=low_trend_G,
+        high_trend_G=high_trend_G,
         mean_G=_remember(state.mean_G, mean_G, weighting.mean_memory),
         level_G=_remember(state.level_G, level_G, weighting.range_memory),
         inverse_r=found_r,
     )
+
+
+def _follow(level_G: Tensor, trend_G: Tensor, seen_G: Tensor, memory: float) -> tuple[Tensor, Tensor]:
+    """Holt's linear smoothing over about `memory` steps; what was not seen this time goes nowhere."""
+    expected_G = level_G + trend_G
+    new_G = torch.where(torch.isfinite(level_G), expected_G + (seen_G - expected_G) / memory, seen_G)
+    change_G = torch.where(torch.isfinite(level_G), trend_G + (new_G - level_G - trend_G) / memory, 0.0)
+    is_seen_G = torch.isfinite(seen_G)
+    resting_G = torch.where(torch.isfinite(trend_G), 0.0, trend_G)
+    return torch.where(is_seen_G, new_G, level_G), torch.where(is_seen_G, change_G, resting_G)
 
 
 def _remember(old_G: Tensor, new_G: Tensor, memory: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Studies: what a method does to a model, beside the others, at equal tokens. `python launch/study.py mixing`."""
+"""Studies: what a method does to a model, beside the others, at equal tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixwright.pretrain.proxy import ProxyRecord
 
 CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "mixing.yaml"
+WEIGHTING_CONFIG = CONFIG.with_name("weighting.yaml")
 EVIDENCE = Path("docs") / "evidence"
 
 app = typer.Typer(help="Compare methods on small models.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -59,6 +60,38 @@ def mixing(
         ) as execute:
             study.fit(execute)
             study.compare(execute)
+    except OutOfTime as error:
+        typer.echo(f"{error}; what follows is what there is", err=True)
+    show(study)
+    for path in write_evidence(study, evidence):
+        typer.echo(f"written: {path}")
+
+
+@app.command()
+def weighting(
+    config: Annotated[Path, typer.Option(help="the study")] = WEIGHTING_CONFIG,
+    strategies: Annotated[str, typer.Option(help="names, separated by commas [default: all]")] = "",
+    seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(min=0, help="begin no run after so long")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: here, one by one")] = 2,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster [default: RAY_ADDRESS, else a local Ray]")] = None,
+    evidence: Annotated[Path, typer.Option(help="folder of the table and the picture")] = EVIDENCE,
+) -> None:
+    """Instance weights on clean, noised and repeating text: test perplexity beside counting all samples alike.
+
+    Finished runs are kept and read again, so a study that was interrupted goes on.
+    """
+    from mixwright.launch.proxy_tasks import OutOfTime, executor
+    from mixwright.launch.weighting_report import show, write_evidence
+    from mixwright.launch.weighting_study import load_weighting_study
+
+    began = time.monotonic()
+    study = load_weighting_study(config, _names(strategies), seeds)
+    deadline = None if budget_minutes is None else began + 60 * budget_minutes
+    runs = study.base.folder / "runs"
+    try:
+        with executor(runs, workers, _progress(began), address=address, deadline=deadline) as execute:
+            study.perform(execute)
     except OutOfTime as error:
         typer.echo(f"{error}; what follows is what there is", err=True)
     show(study)

@@ -91,7 +91,7 @@ def _page(study: Study, picture: str) -> str:
     ]
     for setting, rows in _tables(study).items():
         parts.append(f"## {_title(study, setting)}")
-        parts.append(_markdown(_columns(study, setting), rows))
+        parts.append(markdown(_columns(study, setting), rows))
         parts.append(_figures(study, setting))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -117,8 +117,8 @@ def _preface(study: Study) -> str:
 def _summary(study: Study) -> str:
     """Differences in per cent, policies by settings."""
     tables = {setting: study.table(setting) for setting in study.settings}
-    rows = [[p, *(_percent(tables[s][p]) for s in study.settings), *_wins(study, p)] for p in study.policies]
-    return _markdown(["mean ppl, difference in %", *study.settings, "better in", "worst"], rows)
+    rows = [[p, *(percent(tables[s][p]) for s in study.settings), *_wins(study, p)] for p in study.policies]
+    return markdown(["mean ppl, difference in %", *study.settings, "better in", "worst"], rows)
 
 
 def _wins(study: Study, policy: str) -> tuple[str, str]:
@@ -128,7 +128,8 @@ def _wins(study: Study, policy: str) -> tuple[str, str]:
     return f"{sum(r < 0 for r in found)} of {len(found)}", f"{max(found):+.2%}" if found else ""
 
 
-def _percent(result: Comparison | None) -> str:
+def percent(result: Comparison | None) -> str:
+    """Relative difference with its standard error; empty for what was not run."""
     if result is None:
         return ""
     error = "" if math.isnan(result.relative_error) else f" ± {result.relative_error:.2%}"
@@ -153,7 +154,8 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right of the first column."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -15,7 +15,7 @@ so what is gathered in the order of ranks is in the order of the batch, whatever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,8 +88,7 @@ class Objective:
         """Start a step; `before` is the weighting of the step before."""
         self._in_force = None if in_force is None or in_force.weighting.is_uniform else in_force
         if self._in_force and before and not before.is_uniform and _differs(before, self._in_force.weighting):
-            none = WeightingState.none(self.shape.num_domains)
-            self.state = WeightingState(none.low_G, none.high_G, self.state.mean_G, none.level_G, none.inverse_r)
+            self.state = replace(WeightingState.none(self.shape.num_domains), mean_G=self.state.mean_G)
         self._seen, self._mass, self._known, self._row_mass = [], [], [], []
 
     @property

@@ -40,6 +40,7 @@ from mixwright.pretrain.objective import DomainSums, Objective, Shape, weighting
 from mixwright.pretrain.proxy_mixture import DecisionNote, MixturePoint, Steering, steering
 from mixwright.pretrain.ranks import Ranks
 from mixwright.pretrain.schedules import learning_rate
+from mixwright.pretrain.sweeps.damage import Damage
 
 CODE_VERSION = 1
 """Part of every run's key: grows when a change of this code changes what a run computes."""
@@ -51,7 +52,10 @@ EVALUATION_ROWS = 64
 
 
 class ProxyConfig(StrictModel):
-    """Model, optimizer and length of a proxy run; `rows` are of the store's length."""
+    """Model, optimizer and length of a proxy run; `rows` are of the store's length.
+
+    It validates before the first step, after the last, where an online policy measures, and every `validate_every`.
+    """
 
     model: ModelConfig
     options: ModelOptions = ModelOptions()
@@ -62,6 +66,7 @@ class ProxyConfig(StrictModel):
     clip_norm: float = Field(default=1.0, gt=0)
     validation_rows: Positive = 16
     test_rows: Positive = 64
+    validate_every: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _options_fit(self) -> ProxyConfig:
@@ -91,6 +96,7 @@ class ProxyRun(StrictModel):
     domains: tuple[str, ...] = Field(min_length=1)
     policy: dict[str, Any]
     config: ProxyConfig
+    damage: Damage = Damage()
     seed: int = Field(default=0, ge=0, lt=1 << 62)
 
     @field_validator("domains")
@@ -112,7 +118,8 @@ class ProxyRecord(StrictModel):
     """What a proxy run found out. `test` are nats per token of plain cross-entropy after the last step.
 
     `mixtures` are the shares by domain from each step on; `rows` what was really read. `average_weights` are those of
-    a run that re-weights its losses instead of its data (DoGE).
+    a run that re-weights its losses instead of its data (DoGE). `effective_sample_size`, a part of the samples, is the
+    mean over the steps whose samples were weighted.
     """
 
     key: str
@@ -125,6 +132,7 @@ class ProxyRecord(StrictModel):
     mixtures: tuple[MixturePoint, ...]
     decisions: tuple[DecisionNote, ...]
     rows: dict[str, int]
+    effective_sample_size: float | None = None
     average_weights: dict[str, float] | None = None
 
     @property
@@ -171,6 +179,7 @@ class ProxyTrainer:
 
     def __init__(self, run: ProxyRun, store: TokenStore, genesis: Genesis) -> None:
         self.config, self.genesis, self._store, self._seed = run.config, genesis, store, run.seed
+        self._damage = run.damage
         self._store_index_G = store_order(genesis, store)
         manifest = store.manifest
         self.model = build_model(
@@ -192,8 +201,10 @@ class ProxyTrainer:
 
     def gather(self, refs: RowRefs) -> Tensor:
         """Tokens of the rows, int64 [B, S]."""
-        tokens_BS = self._store.gather(self._store_index_G[refs.domain_n], refs.row_n)
-        return torch.from_numpy(np.asarray(tokens_BS, dtype=np.int64))
+        read = self._damage.redirect(refs)
+        tokens_BS = self._store.gather(self._store_index_G[read.domain_n], read.row_n)
+        whole_BS = np.asarray(tokens_BS, dtype=np.int64)
+        return torch.from_numpy(self._damage.spoil(whole_BS, read, self._store.manifest.vocab_size))
 
     def forward_backward(self, refs: RowRefs) -> None:
         """Gradients of the mean loss over the rows; their losses are added to `sums`."""
@@ -289,6 +300,8 @@ def train_proxy(run: ProxyRun, store: TokenStore) -> ProxyRecord:
         if stretch is not None:
             validation_GC = curve.measure(step + 1) if stretch.evaluate else None
             mixture.measure(step + 1, trainer.sums.take().numpy(), validation_GC)
+        elif run.config.validate_every and (step + 1) % run.config.validate_every == 0:
+            curve.measure(step + 1)
     return finished(run, trainer, curve, mixture, began)
 
 
@@ -297,6 +310,8 @@ def finished(
 ) -> ProxyRecord:
     """The record of a run after its last step; `began` is the perf_counter at its beginning."""
     num_steps, genesis = run.config.num_steps, trainer.genesis
+    names = [domain.name for domain in genesis.domains]
+    weights = trainer.objective.window.take(names, mixture.plan.proportions(num_steps - 1).tolist())
     rows_G = mixture.plan.cursors(num_steps)
     return ProxyRecord(
         key=run_key(run, genesis.store_fingerprint),
@@ -309,6 +324,7 @@ def finished(
         decisions=mixture.decisions(),
         rows={domain.name: int(rows) for domain, rows in zip(genesis.domains, rows_G, strict=True)},
         seconds=time.perf_counter() - began,
+        effective_sample_size=weights["effective_sample_size"] if weights else None,
         **more,
     )
 
@@ -319,13 +335,12 @@ def run_key(run: ProxyRun, store_fingerprint: str) -> str:
     The version of an online policy's code is its source: policies are worked on while studies of them exist.
     Raises PolicyRejected for an unknown kind.
     """
-    # Options count once there are any: keys of runs without them are those of the time before options.
-    plain = run.config.options == ModelOptions()
+    # What has its default is left out: a new key of the configuration does not give old runs new names.
     content = {
         "version": CODE_VERSION,
         "type": type(run).__name__,
         "store": store_fingerprint,
-        **run.model_dump(mode="json", exclude={"store": True, "config": {"options"} if plain else set()}),
+        **run.model_dump(mode="json", exclude={"store"}, exclude_defaults=True),
     }
     kind = find_kind(run.policy.get("kind"))
     if hasattr(kind, "propose"):

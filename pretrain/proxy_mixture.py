@@ -86,7 +86,12 @@ def steering(policy: dict[str, Any], genesis: Genesis) -> Steering:
     if isinstance(document, OnlineDocument):
         return OnlineSteering(genesis, document, cast(OnlineKind, kind))
     program = kind.compile_program(document, genesis)
-    entry = PolicyEntry(document=_recorded(document), program=program, caps=_caps(document, genesis))
+    entry = PolicyEntry(
+        document=_recorded(document),
+        program=program,
+        caps=_caps(document, genesis),
+        loss_weighting=document.loss_weighting,
+    )
     return Steering(genesis, document, Plan(genesis, [CommittedPolicy(0, 1, entry)]))
 
 
@@ -157,7 +162,11 @@ class OnlineSteering(Steering):
         shares = [*(stretch.shares for stretch in stretches), self._shares]
         starts = [0, *ends]  # a program begins at step 0; it is clipped at the step of its commit
         program = segments((start, self._arms.expand(share)) for start, share in zip(starts, shares, strict=True))
-        entry = PolicyEntry(document=_recorded(self._online), program=program, caps=self._caps)
+        # The weighting of the first commit stays in force, as that of a job's root does.
+        weighting = self._online.loss_weighting if step == 0 else None
+        entry = PolicyEntry(
+            document=_recorded(self._online), program=program, caps=self._caps, loss_weighting=weighting
+        )
         return CommittedPolicy(step, 1 + len(self._notes), entry)
 
     def _interval(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_normalising_inside_domains_leaves_each_domain_its_part() -> None:
 
 def test_excess_compares_with_what_is_usual_in_the_domain() -> None:
     usual = WeightingState.none(2)
-    usual = WeightingState(usual.low_G, usual.high_G, torch.tensor([2.0, 6.0]).double(), usual.level_G, 0.0)
+    usual = replace(usual, mean_G=torch.tensor([2.0, 6.0]).double())
     these = samples([2.5, 6.0, 5.5, 3.0], domains=[0, 1, 1, 0])
     plain = weights(samples([0.5, 0.0, -0.5, 1.0]), strategy="upper", r=0.5).tolist()
     assert weights(these, 2, usual, score="excess", strategy="upper", r=0.5).tolist() == pytest.approx(plain, abs=1e-6)
@@ -161,12 +162,21 @@ def test_lagged_factors_of_known_ranges_are_the_exact_weights_times_one_number()
     assert lagged_factors(asked, these, WeightingState.none(1), 2.5).tolist() == [1.0] * 4
 
 
+def test_a_range_that_falls_steadily_is_met_and_not_run_after() -> None:
+    asked, state = weighting(range_memory=4.0), WeightingState.none(1)
+    for step in range(60):
+        state = updated(state, asked, samples([6.0 - 0.1 * step, 7.0 - 0.1 * step]), 1.0)
+    low_G, high_G = state.range_G
+    assert (low_G.item(), high_G.item()) == pytest.approx((0.0, 1.0), abs=1e-3)
+
+
 def test_ranges_are_averaged_and_a_domain_that_is_not_seen_keeps_what_it_had() -> None:
     asked = weighting(within="domain", range_memory=2.0, mean_memory=4.0)
     state = updated(WeightingState.none(2), asked, samples([2.0, 4.0, 7.0, 9.0], domains=[0, 0, 1, 1]), 1.0)
     state = updated(state, asked, samples([3.0, 4.0, math.nan], domains=[0, 0, 1]), 1.0)
-    assert state.low_G.tolist() == [2.5, 7.0]
-    assert state.high_G.tolist() == [4.0, 9.0]
+    assert (state.low_G.tolist(), state.low_trend_G.tolist()) == ([2.5, 7.0], [0.25, 0.0])
+    assert (state.high_G.tolist(), state.high_trend_G.tolist()) == ([4.0, 9.0], [0.0, 0.0])
+    assert [end.tolist() for end in state.range_G] == [[2.75, 7.0], [4.0, 9.0]]
     assert state.mean_G.tolist() == [3.125, 8.0]
     again = WeightingState.from_json(json.loads(json.dumps(state.to_json())))
     assert again.to_json() == state.to_json()

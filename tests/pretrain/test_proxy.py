@@ -257,3 +257,22 @@ def test_bad_input_is_one_clear_line(store: TokenStore, tmp_path: Path) -> None:
     wrong = proxy_run(store.folder).config.model_dump() | {"model": {"config": {"model_type": "lama"}}}
     with pytest.raises(TrainingError, match="did you mean 'llama'"):
         train(proxy_run(store.folder, config=wrong))
+
+
+def test_a_weighting_in_the_policy_weighs_the_samples_and_damage_spoils_them(tiny_store: Path) -> None:
+    store = TokenStore.open(tiny_store)
+    plain = train_proxy(proxy_run(tiny_store), store)
+    weighting = {
+        **proxy_run(tiny_store).policy,
+        "loss_weighting": {"scope": "step_two_phase", "strategy": "extremes", "r": 0.2},
+    }
+    weighted = train_proxy(proxy_run(tiny_store, policy=weighting), store)
+    uniform = {**weighting, "loss_weighting": {"strategy": "extremes", "r": 1e6}}
+    same = train_proxy(proxy_run(tiny_store, policy=uniform), store)
+    spoilt = train_proxy(proxy_run(tiny_store, damage={"noised": 1.0}), store)
+    assert plain.effective_sample_size is None
+    assert weighted.effective_sample_size is not None
+    assert weighted.effective_sample_size < 0.95
+    assert same.test == pytest.approx(plain.test, rel=1e-4)
+    assert all(abs(weighted.test[name] - plain.test[name]) > 1e-4 for name in plain.test)
+    assert all(spoilt.test[name] > plain.test[name] for name in plain.test)

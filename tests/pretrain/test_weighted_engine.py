@@ -69,15 +69,18 @@ def reference(scope: str, rows_together: int = ROWS) -> tuple[list[float], dict[
     """The same steps in float64 with plain torch: one process, one batch, weights by the formulas of the paper."""
     model = fixed_model(config_for(0, ROWS)).double()
     optimizer = torch.optim.AdamW(decayed_groups(model, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1.0)
-    norms, ends, spreads = [], None, []
+    norms, spreads = [], []
+    ends = last = None
     for step in range(STEPS):
         logits_BTV = model.causal_lm(tokens_of(step)[:, :-1], use_cache=False).logits
         nll_BT = torch.nn.functional.cross_entropy(logits_BTV.mT, tokens_of(step)[:, 1:], reduction="none")
         total_B = (nll_BT + Z_LOSS * logits_BTV.logsumexp(-1).square()).mean(dim=1)
         loss_B = nll_BT.mean(dim=1).detach()
         if scope == "step_deferred":
-            weight_B = torch.softmax(linupper(loss_B, *ends) / R, 0) if ends else torch.full((ROWS,), 1 / ROWS)
-            ends = (loss_B.min(), loss_B.max())
+            even_B = torch.full((ROWS,), 1 / ROWS)
+            weight_B = even_B if ends is None else torch.softmax(linupper(loss_B, *ends) / R, 0)
+            seen = torch.stack([loss_B.min(), loss_B.max()])
+            ends, last = (seen if last is None else 2 * seen - last), seen  # Holt's smoothing with a memory of 1
         else:
             exponents = [linupper(part, part.min(), part.max()) / R for part in loss_B.split(rows_together)]
             weight_B = torch.cat([torch.softmax(exponent, 0) for exponent in exponents]) / len(exponents)
