@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,11 +40,17 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        _discard(part)
         raise write_error(path, error) from None
     except BaseException:
-        part.unlink(missing_ok=True)
+        _discard(part)
         raise
+
+
+def _discard(part: Path) -> None:
+    """Remove what was begun; where even that fails (its folder is a file), the error before it is the one to tell."""
+    with suppress(OSError):
+        part.unlink()
 
 
 def is_complete(path: Path) -> bool:

@@ -41,9 +41,9 @@ class FitConfig(StrictModel):
 def fit(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="mixing_law, regmix, skill_it, doremi or doge")],
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="store, domains and proxy runs (YAML)")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the policy here [default: print it]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the policy here (default: print it)")] = None,
     workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: here, one by one")] = 2,
-    address: Annotated[str | None, typer.Option(help="a Ray cluster [default: RAY_ADDRESS, else a local Ray]")] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")] = None,
 ) -> None:
     """Learn a mixture, or what a policy needs, from short runs. Finished runs are kept and used again."""
     from mixwright.launch.proxy_tasks import executor

@@ -43,7 +43,7 @@ STILL_WAITING_S = 10.0
 def up(
     run: Run = None,
     address: Annotated[
-        str | None, typer.Option(help="a Ray cluster HOST:PORT, auto, or local [default: RAY_ADDRESS, else local]")
+        str | None, typer.Option(help="a Ray cluster HOST:PORT, auto, or local (default: RAY_ADDRESS, else local)")
     ] = None,
     timeout: Annotated[float, typer.Option(help="seconds to wait until it is ready")] = START_TIMEOUT_S,
 ) -> None:
@@ -99,7 +99,7 @@ def down(run: Run = None, timeout: Annotated[float, typer.Option(help="seconds t
 def submit(
     policy: PolicyFile,
     run: Run = None,
-    at_step: Annotated[int | None, typer.Option(help="effective step [default: as soon as possible]")] = None,
+    at_step: Annotated[int | None, typer.Option(help="effective step (default: as soon as possible)")] = None,
     shadow: Annotated[bool, typer.Option("--shadow", help="record it, never commit it")] = False,
     why: Why = None,
     author: Author = None,
@@ -107,7 +107,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="return when it is committed")] = False,
     timeout: Annotated[
         float | None,
-        typer.Option(help=f"seconds [default: {ANSWER_TIMEOUT_S:g} for the answer, {COMMIT_TIMEOUT_S:g} with --wait]"),
+        typer.Option(help=f"seconds (default: {ANSWER_TIMEOUT_S:g} for the answer, {COMMIT_TIMEOUT_S:g} with --wait)"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -214,7 +214,7 @@ def log(
 def forecast(
     policy: Annotated[Path | None, typer.Argument(metavar="[POLICY]", help="as if this were submitted now")] = None,
     run: Run = None,
-    until: Annotated[int | None, typer.Option(help="step to look ahead to [default: the run's end]")] = None,
+    until: Annotated[int | None, typer.Option(help="step to look ahead to (default: the run's end)")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What the run will read: tokens and epochs per domain, and which domain reaches its cap when."""
@@ -273,7 +273,7 @@ def plan_show(
 def plan_trace(
     what: Annotated[str, typer.Argument(metavar="DOMAIN:ROW")],
     run: Run = None,
-    until: Annotated[int | None, typer.Option(help="look at steps before this one [default: the run's end]")] = None,
+    until: Annotated[int | None, typer.Option(help="look at steps before this one (default: the run's end)")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The steps that read a row, under the commits so far."""

@@ -44,7 +44,7 @@ def rollback(
 
 
 def replay_policy(
-    lsn: Annotated[int | None, typer.Argument(metavar="[ENTRY]", help="a DECISION [default: all of them]")] = None,
+    lsn: Annotated[int | None, typer.Argument(metavar="[ENTRY]", help="a DECISION (default: all of them)")] = None,
     run: Run = None,
     as_json: AsJson = False,
 ) -> None:

@@ -12,11 +12,11 @@ ANSWER_TIMEOUT_S = 30.0
 
 Run = Annotated[
     Path | None,
-    typer.Option("--run", metavar="RUN_DIR", help="the run's folder [default: the only live one in ./runs]"),
+    typer.Option("--run", metavar="RUN_DIR", help="the run's folder (default: the only live one in ./runs)"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="a policy document (YAML)")]
-Author = Annotated[str | None, typer.Option(help="who wants it, for the journal [default: your user name]")]
+Author = Annotated[str | None, typer.Option(help="who wants it, for the journal (default: your user name)")]
 Why = Annotated[str | None, typer.Option(help="why, for the journal")]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for the answer")]
 

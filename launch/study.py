@@ -29,12 +29,12 @@ def _studies() -> None:
 @app.command()
 def mixing(
     config: Annotated[Path, typer.Option(help="the study")] = CONFIG,
-    settings: Annotated[str, typer.Option(help="names, separated by commas [default: all]")] = "",
+    settings: Annotated[str, typer.Option(help="names, separated by commas (default: all)")] = "",
     policies: Annotated[str, typer.Option(help="names, separated by commas, or `all`")] = "",
     seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds")] = None,
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="begin no run after so long")] = None,
     workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: here, one by one")] = 2,
-    address: Annotated[str | None, typer.Option(help="a Ray cluster [default: RAY_ADDRESS, else a local Ray]")] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")] = None,
     evidence: Annotated[Path, typer.Option(help="folder of the table and the picture")] = EVIDENCE,
 ) -> None:
     """Every mixing policy at equal tokens: test perplexity beside stratified sampling, paired by seed.
@@ -70,11 +70,11 @@ def mixing(
 @app.command()
 def weighting(
     config: Annotated[Path, typer.Option(help="the study")] = WEIGHTING_CONFIG,
-    strategies: Annotated[str, typer.Option(help="names, separated by commas [default: all]")] = "",
+    strategies: Annotated[str, typer.Option(help="names, separated by commas (default: all)")] = "",
     seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds")] = None,
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="begin no run after so long")] = None,
     workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: here, one by one")] = 2,
-    address: Annotated[str | None, typer.Option(help="a Ray cluster [default: RAY_ADDRESS, else a local Ray]")] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")] = None,
     evidence: Annotated[Path, typer.Option(help="folder of the table and the picture")] = EVIDENCE,
 ) -> None:
     """Instance weights on clean, noised and repeating text: test perplexity beside counting all samples alike.

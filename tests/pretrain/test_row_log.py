@@ -365,3 +365,11 @@ def test_the_log_of_another_run_is_refused(plan: Plan, step: int, position: int)
 
 def test_nothing_is_identified_as_nothing(plan: Plan) -> None:
     assert len(last_readings(identify(logged(plan, range(0)), plan))) == 0
+
+
+def test_a_log_whose_folder_is_a_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "row_log").write_text("not a folder")
+    log = RowLossLog(tmp_path / "row_log", rank=0, attempt=0)
+    log.add(0, np.arange(2), np.ones(2, np.float32), np.ones(2, np.float32))
+    with pytest.raises(DataError, match=r"row_log.*cannot be written"):
+        log.flush()
