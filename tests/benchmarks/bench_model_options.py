@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.bench_model_options [--steps 150] [--seeds 2] [--only NAME ...]
 
-Same rows in the same order, same initial seed, one thread; options take turns, seed by seed, beside a plain run each.
-Needs the token store of `make quickstart`. A small Llama over its first tokens: it shows costs, and whether an option
+Same rows in the same order, same initial seed, one thread. Step times are medians of ratios: an option and the plain model
+take turns, step by step, with the option's last state in force. Needs the token store of `make quickstart`. A small Llama over its first tokens: it shows costs, and whether an option
 trains; it does not show what the option's authors claim for large models or many epochs.
 """
 
@@ -50,38 +50,54 @@ def cases(num_steps: int) -> dict[str, dict[str, Any]]:
 
 
 class Measured(NamedTuple):
-    """Mean test nats per token over domains, median seconds of a step, share of zeros and shape of the matrices."""
+    """Mean test nats per token over domains, share of zeros and shape of the matrices."""
 
     loss: float
-    step_s: float
     zeros: float
     shape: float
 
 
+class Run:
+    """A small run under way."""
+
+    def __init__(self, store: TokenStore, options: dict[str, Any], seed: int, num_steps: int) -> None:
+        tree = {
+            "model": {"config": MODEL}, "options": options, "optimizer": {"lr": 3e-3}, "schedule": {"warmup_steps": 15},
+            "num_steps": num_steps, "rows_per_step": 4, "validation_rows": 1, "test_rows": 16,
+        }  # fmt: skip
+        names = tuple(domain.name for domain in store.domains())
+        policy = {"kind": "static", "mixture": dict.fromkeys(names, 1.0)}
+        config = validate(ProxyConfig, tree, "bench")
+        run = ProxyRun(store=STORE, domains=names, policy=policy, config=config, seed=seed)
+        genesis = genesis_of(run, store)
+        self.trainer, self._plan = ProxyTrainer(run, store, genesis), steering(policy, genesis).plan
+
+    def step(self, step: int) -> float:
+        """One optimizer step; returns its seconds."""
+        refs, began = self._plan.rows(step), time.perf_counter()
+        self.trainer.begin_step(step)
+        self.trainer.objective.begin(*weighting_at(self._plan, step))
+        self.trainer.forward_backward(refs)
+        self.trainer.update(step)
+        return time.perf_counter() - began
+
+
 def measure(store: TokenStore, options: dict[str, Any], seed: int, num_steps: int) -> Measured:
-    tree = {
-        "model": {"config": MODEL}, "options": options, "optimizer": {"lr": 3e-3}, "schedule": {"warmup_steps": 15},
-        "num_steps": num_steps, "rows_per_step": 4, "validation_rows": 1, "test_rows": 16,
-    }  # fmt: skip
-    names = tuple(domain.name for domain in store.domains())
-    config = validate(ProxyConfig, tree, "bench")
-    policy = {"kind": "static", "mixture": dict.fromkeys(names, 1.0)}
-    run = ProxyRun(store=STORE, domains=names, policy=policy, config=config, seed=seed)
-    genesis = genesis_of(run, store)
-    mixture, trainer = steering(policy, genesis), ProxyTrainer(run, store, genesis)
-    seconds = []
+    run = Run(store, options, seed, num_steps)
     for step in range(num_steps):
-        refs, began = mixture.plan.rows(step), time.perf_counter()
-        trainer.begin_step(step)
-        trainer.objective.begin(*weighting_at(mixture.plan, step))
-        trainer.forward_backward(refs)
-        trainer.update(step)
-        seconds.append(time.perf_counter() - began)
-    matrices = [p.detach() for p in trainer.model.parameters() if p.ndim >= 2]
+        run.step(step)
+    matrices = [p.detach() for p in run.trainer.model.parameters() if p.ndim >= 2]
     num_values = sum(matrix.numel() for matrix in matrices)
     zeros = sum(int((matrix == 0).sum()) for matrix in matrices) / num_values
     shape = Shrinking(BackSlash(strength=1), matrices, num_values, lambda sums: sums).shape(matrices)
-    return Measured(mean(trainer.test().values()), median(seconds), zeros, float(shape))
+    return Measured(mean(run.trainer.test().values()), zeros, float(shape))
+
+
+def step_ratio(store: TokenStore, options: dict[str, Any], num_steps: int, rounds: int = 20) -> float:
+    """Seconds of a step with options over seconds of a plain one, median of steps side by side."""
+    ours, plain = (Run(store, each, 0, num_steps) for each in (options, {}))
+    last = range(max(num_steps - rounds - 1, 0), num_steps)
+    return median([ours.step(step) / plain.step(step) for step in last][1:])
 
 
 def main() -> None:
@@ -94,6 +110,7 @@ def main() -> None:
     store, chosen = TokenStore.open(STORE), cases(arguments.steps)
     if arguments.only:
         chosen = {name: options for name, options in chosen.items() if name == "plain" or name in arguments.only}
+    ratios = {name: step_ratio(store, options, arguments.steps) for name, options in chosen.items()}
     found: dict[str, list[Measured]] = {name: [] for name in chosen}
     for seed in range(arguments.seeds):
         for name, options in chosen.items():
@@ -102,9 +119,8 @@ def main() -> None:
     print(f"\n{'option':28}{'test nats':>10}{'difference by seed':>22}{'step':>8}{'zeros':>8}{'shape':>7}")
     for name, results in found.items():
         differences = " ".join(f"{a.loss - b.loss:+.3f}" for a, b in zip(results, found["plain"], strict=True))
-        ratio = median(r.step_s for r in results) / median(r.step_s for r in found["plain"])
-        loss, zeros, shape = (mean(r[column] for r in results) for column in (0, 2, 3))
-        print(f"{name:28}{loss:10.3f}{differences:>22}{ratio:7.2f}x{zeros:8.1%}{shape:7.2f}")
+        loss, zeros, shape = (mean(column) for column in zip(*results, strict=True))
+        print(f"{name:28}{loss:10.3f}{differences:>22}{ratios[name]:7.2f}x{zeros:8.1%}{shape:7.2f}")
 
 
 if __name__ == "__main__":

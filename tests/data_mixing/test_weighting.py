@@ -225,3 +225,23 @@ def test_bag_and_instance_losses() -> None:
     response_K = torch.tensor([golden["bag_label"]])
     for rho, key in ((0.0, "bag"), (1.0, "instance"), (0.5, "interp_rho0.5")):
         assert float(bag_instance_loss(prediction_S, bag_S, response_K, rho)) == pytest.approx(golden[key], rel=1e-5)
+
+
+def test_lagged_factors_inside_domains_keep_each_domains_part_and_lagged_temperatures_the_effective_size() -> None:
+    these = samples([2.0, 2.2, 2.4, 5.0, 5.5, 7.0], domains=[0, 0, 0, 1, 1, 1])
+    inside = weighting(within="domain", r=0.4)
+    state = updated(WeightingState.none(2), inside, these, inside.inverse_temperature(0))
+    weight_S = normalised(lagged_factors(inside, these, state, inside.inverse_temperature(0)), these)
+    assert weight_S[:3].sum().item() == pytest.approx(0.5, abs=1e-6)
+    many = samples(torch.linspace(2.0, 4.0, 64).tolist())
+    sized = weighting(strategy="upper", target_ess=0.5)
+    state = updated(WeightingState.none(1), sized, many, sized.inverse_temperature(0))
+    weight_S = normalised(lagged_factors(sized, many, state, sized.inverse_temperature(0)), many)
+    assert float(effective_samples(weight_S, many.tokens_S)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_tilted_sample_far_above_the_lagged_range_is_bounded() -> None:
+    asked = weighting(strategy="tilted", r=0.1)
+    state = updated(WeightingState.none(1), asked, samples([2.0, 3.0]), asked.inverse_temperature(0))
+    factor_S = lagged_factors(asked, samples([3.0, 30.0]), state, asked.inverse_temperature(0))
+    assert factor_S.tolist() == pytest.approx([1.0, math.exp(5)])
