@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.bench_model_options [--steps 150] [--seeds 2] [--only NAME ...]
 
-Same rows in the same order, same initial seed, one thread. Step times are medians of ratios: an option and the plain model
-take turns, step by step, with the option's last state in force. Needs the token store of `make quickstart`. A small Llama over its first tokens: it shows costs, and whether an option
-trains; it does not show what the option's authors claim for large models or many epochs.
+Same rows in the same order, same initial seed, one thread. Step times are medians of ratios: an option and the plain
+model take turns, step by step, at the end of the run. Needs the token store of `make quickstart`. A small Llama over
+its first tokens: it shows costs, and whether an option trains; it does not show what the option's authors claim for
+large models or many epochs.
 """
 
 from __future__ import annotations
