@@ -161,5 +161,7 @@ def test_proxy_runs_with_options_train_and_have_keys_of_their_own(tiny_store: Pa
     assert run_key(run, "fp") != run_key(proxy_run(tiny_store), "fp")
 
 
-def test_the_key_of_a_proxy_run_without_options_is_the_one_of_the_time_before_options() -> None:
-    assert run_key(proxy_run(Path("s")), "fp") == "c66b0008921148ed65226aeb6de8bbd2"
+def test_options_that_are_off_give_a_proxy_run_no_other_key(tiny_store: Path) -> None:
+    config = validate(ProxyConfig, {**proxy_tree(), "options": dict.fromkeys(EACH)}, "proxy")
+    run = ProxyRun(store=tiny_store, domains=DOMAINS, policy=ALIKE, config=config)
+    assert run_key(run, "fp") == run_key(proxy_run(tiny_store), "fp")
