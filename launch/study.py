@@ -42,7 +42,8 @@ def mixing(
     Finished runs are kept and read again, so a study that was interrupted goes on.
     """
     from mixwright.launch.mixing_study import Study, load_study, prepare_corpora, with_texts_at_hand
-    from mixwright.launch.proxy_tasks import OutOfTime, executor
+    from mixwright.launch.proxy_tasks import executor
+    from mixwright.launch.ray_tasks import OutOfTime
     from mixwright.launch.study_report import show, write_evidence
 
     began = time.monotonic()
@@ -81,7 +82,8 @@ def weighting(
 
     Finished runs are kept and read again, so a study that was interrupted goes on.
     """
-    from mixwright.launch.proxy_tasks import OutOfTime, executor
+    from mixwright.launch.proxy_tasks import executor
+    from mixwright.launch.ray_tasks import OutOfTime
     from mixwright.launch.weighting_report import show, write_evidence
     from mixwright.launch.weighting_study import load_weighting_study
 

@@ -21,3 +21,9 @@ class CheckpointMismatch(TrainingError):
 
 class RunInUse(TrainingError):
     """Another trainer is working on this run."""
+
+
+class EnsembleError(MixingError):
+    """Members that do not go together, are missing, or cannot be combined as asked."""
+
+    exit_code = 2

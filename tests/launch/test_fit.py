@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import yaml
 
 from mixwright.data_mixing.policy import parse
-from mixwright.launch.proxy_tasks import perform_quietly
+from mixwright.launch.ray_tasks import quietly
 from mixwright.pretrain.errors import NonFiniteLoss
+from mixwright.pretrain.sweeps.perform import perform
 from tests.pretrain.proxies import DOMAINS, proxy_run, proxy_tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +71,7 @@ def test_runs_are_ray_tasks_and_finished_ones_are_used_again(tmp_path: Path, tre
 
 def test_a_run_that_fails_in_a_worker_is_raised_here_in_one_line(tiny_store: Path, tmp_path: Path) -> None:
     wild = proxy_run(tiny_store).config.model_dump() | {"optimizer": {"lr": 1e30}}
-    sent = perform_quietly(proxy_run(tiny_store, config=wild), tmp_path)
+    sent = quietly(partial(perform, folder=tmp_path), proxy_run(tiny_store, config=wild))
     arrived = pickle.loads(pickle.dumps(sent))
     assert isinstance(arrived, NonFiniteLoss)
     assert str(arrived).startswith("proxy run, step")

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.launch.mixing_study import load_study
-from mixwright.launch.proxy_tasks import OutOfTime, executor
+from mixwright.launch.proxy_tasks import executor
+from mixwright.launch.ray_tasks import OutOfTime
 from mixwright.launch.study import app
 from mixwright.pretrain.proxy import LossPoint, ProxyRecord
 from mixwright.pretrain.sweeps.comparison import compare

@@ -1,0 +1,1 @@
+"""Distillation: one student of a teacher or an ensemble, from logits, samples, or both."""

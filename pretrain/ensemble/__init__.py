@@ -1,0 +1,1 @@
+"""Ensembles of separately trained members: the recipe, its members, and what their mean predicts."""
