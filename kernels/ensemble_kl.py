@@ -5,9 +5,8 @@
 
     KL = sum_v P_v (log P_v - log q_v),  q = softmax(z_student / T),  dKL/dz_student = (q - P) / T
 
-Teachers are streamed through a block of rows: one accumulator and one scratch of [n, V] whatever K is. The student's
-gradient is kept as in engine A of `late_bound`, N V elements, so that row weights may depend on the values; forming it
-again would cost K + 1 more matmuls. K + 3 matmuls in all. A teacher with fewer classes gives the others probability 0
+Teachers are streamed through a block of rows: one accumulator and one scratch of [n, V] whatever K is. K + 3 matmuls in
+all; the gradient is that of `soft_targets`. A teacher with fewer classes gives the others probability 0
 (logits of -inf, never 0). N tokens, D hidden size of the student, V vocabulary, n tokens of a block.
 """
 
@@ -15,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixwright.kernels.blocks import bind_rows, rows_per_scratch
+from mixwright.kernels.soft_targets import Scales, Target, TargetOf, taught_losses
 
 Pooling = Literal["arithmetic", "logits"]
 
@@ -53,20 +52,15 @@ def linear_ensemble_kl(
     Raises ValueError for shapes that do not fit, no teacher, wrong proportions, or a teacher with more classes than
     the student, which the student could never match. Source: spec/methods.md section 6, spec/kernels.md section 4.
     """
-    num_rows, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
-    shares = [1 / max(1, len(teachers))] * len(teachers) if proportions is None else list(proportions)
-    _check(hidden_ND, weight_VD, teachers, shares, pooling, temperature)
+    num_rows = hidden_ND.shape[0]
+    shares = shares_of(teachers, proportions)
+    check_teachers(hidden_ND, weight_VD, teachers, shares, pooling, temperature)
     if counted_N is None:
         counted_N = torch.ones(num_rows, dtype=torch.bool, device=hidden_ND.device)
     elif counted_N.shape != (num_rows,):
         raise ValueError(f"counted has shape {list(counted_N.shape)}, expected [{num_rows}]")
-    for teacher in teachers:
-        if teacher.weight_VD.shape[0] > vocabulary:
-            raise ValueError(f"a teacher has {teacher.weight_VD.shape[0]} classes, the student only {vocabulary}")
-    kl_N: Tensor = _EnsembleKL.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, tuple(teachers), tuple(shares), pooling, temperature, counted_N
-    )
-    return kl_N
+    target_of = ensemble_target(teachers, shares, pooling, temperature, counted_N)
+    return taught_losses(hidden_ND, weight_VD, target_of, counted_N, None, Scales(0.0, 1.0, temperature)).loss_N
 
 
 def ensemble_kl_reference(
@@ -88,88 +82,44 @@ def ensemble_kl_reference(
     return torch.nn.functional.kl_div(log_student_NV, target_NV, reduction="none").sum(1)
 
 
-class _EnsembleKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        teachers: tuple[Teacher, ...],
-        shares: tuple[float, ...],
-        pooling: Pooling,
-        temperature: float,
-        counted_N: Tensor,
-    ) -> Tensor:
-        (num_rows, _), vocabulary = hidden_ND.shape, weight_VD.shape[0]
-        row_dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        block = rows_per_scratch(vocabulary, row_dtype, hidden_ND.device)
-        kl_N = hidden_ND.new_zeros(num_rows, dtype=row_dtype)
-        gradient_NV = hidden_ND.new_empty(num_rows if needs_weight else 0, vocabulary)
-        unit_dhidden_ND = torch.empty_like(hidden_ND) if needs_hidden else hidden_ND.new_empty(0)
-        for first in range(0, num_rows, block):
-            span = slice(first, min(first + block, num_rows))
-            target_nV = _ensemble_prediction(teachers, shares, pooling, temperature, counted_N, span, vocabulary)
-            student_nD = hidden_ND[span].masked_fill(~counted_N[span, None], 0)
-            logits_nV = torch.mm(student_nD, weight_VD.T).to(row_dtype).div_(temperature)
-            log_student_nV = torch.log_softmax(logits_nV, 1)
-            kl_N[span] = (torch.special.xlogy(target_nV, target_nV) - _product(target_nV, log_student_nV)).sum(1)
-            block_nV = log_student_nV.exp_().sub_(target_nV).to(hidden_ND.dtype)
-            if needs_weight:
-                gradient_NV[span] = block_nV
-            if needs_hidden:
-                torch.mm(block_nV, weight_VD, out=unit_dhidden_ND[span])
-        ctx.save_for_backward(hidden_ND, gradient_NV, unit_dhidden_ND, counted_N)
-        ctx.temperature = temperature
-        return kl_N.masked_fill_(~counted_N, 0)
+def ensemble_target(
+    teachers: Sequence[Teacher], shares: Sequence[float], pooling: Pooling, temperature: float, counted_N: Tensor
+) -> TargetOf:
+    """What the ensemble predicts for a block of rows; teachers are streamed through two [n, V] whatever K is."""
 
-    @staticmethod
-    def backward(ctx: Any, dkl_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, gradient_NV, unit_dhidden_ND, counted_N = ctx.saved_tensors
-        coefficient_N = dkl_N.masked_fill(~counted_N, 0) / ctx.temperature
-        dhidden_ND = dweight_VD = None
-        if ctx.needs_input_grad[0]:
-            dhidden_ND = (coefficient_N[:, None] * unit_dhidden_ND).to(hidden_ND.dtype)
-        if ctx.needs_input_grad[1]:
-            bound_ND, scale = bind_rows(hidden_ND.masked_fill(~counted_N[:, None], 0), coefficient_N)
-            dweight_VD = torch.mm(gradient_NV.T, bound_ND)
-            dweight_VD = dweight_VD if scale is None else dweight_VD.mul_(scale)
-        return dhidden_ND, dweight_VD, None, None, None, None, None
-
-
-def _ensemble_prediction(
-    teachers: tuple[Teacher, ...],
-    shares: tuple[float, ...],
-    pooling: Pooling,
-    temperature: float,
-    counted_N: Tensor,
-    span: slice,
-    vocabulary: int,
-) -> Tensor:
-    """P of a block of rows, [n, V]; classes that a teacher lacks have probability 0 there."""
-    first = teachers[0].hidden_ND
-    row_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    pooled_nV = first.new_zeros(span.stop - span.start, vocabulary, dtype=row_dtype)
-    for teacher, share in zip(teachers, shares, strict=True):
-        hidden_nD = teacher.hidden_ND[span].masked_fill(~counted_N[span, None], 0)
-        logits_nv = torch.mm(hidden_nD, teacher.weight_VD.T).to(row_dtype).div_(temperature)
-        known = logits_nv.shape[1]
+    def target_of(span: slice, log_student_nV: Tensor) -> Target:
+        pooled_nV, is_whole = torch.zeros_like(log_student_nV), True
+        for teacher, share in zip(teachers, shares, strict=True):
+            hidden_nD = teacher.hidden_ND[span].masked_fill(~counted_N[span, None], 0)
+            logits_nv = torch.mm(hidden_nD, teacher.weight_VD.T).to(pooled_nV.dtype)
+            logits_nv = logits_nv if temperature == 1 else logits_nv.div_(temperature)
+            known = logits_nv.shape[1]
+            is_whole &= known == pooled_nV.shape[1] or share == 0
+            if pooling == "arithmetic":
+                logits_nv = torch.softmax(logits_nv, 1)
+            elif share > 0:
+                pooled_nV[:, known:] = -torch.inf
+            pooled_nV[:, :known].add_(logits_nv, alpha=share)
         if pooling == "arithmetic":
-            torch.softmax(logits_nv, 1, out=logits_nv)
-        elif share > 0:
-            pooled_nV[:, known:] = -torch.inf
-        pooled_nV[:, :known].add_(logits_nv, alpha=share)
-    if pooling == "logits":
-        torch.softmax(pooled_nV, 1, out=pooled_nV)
-    return pooled_nV
+            return Target(pooled_nV, torch.special.xlogy(pooled_nV, pooled_nV).sum(1))
+        return _softmax(pooled_nV, is_whole)
+
+    return target_of
 
 
-def _product(target_nV: Tensor, log_student_nV: Tensor) -> Tensor:
-    """P log q with 0 where P is 0, also where q is 0."""
-    return torch.where(target_nV > 0, target_nV * log_student_nV, 0)
+def _softmax(logits_nV: Tensor, is_finite: bool) -> Target:
+    """softmax of logits, of which some are -inf unless `is_finite`."""
+    log_p_nV = torch.log_softmax(logits_nV, 1)
+    p_nV = torch.exp(log_p_nV)
+    return Target(p_nV, torch.linalg.vecdot(p_nV, log_p_nV if is_finite else log_p_nV.masked_fill_(p_nV == 0, 0)))
 
 
-def _check(
+def shares_of(teachers: Sequence[Teacher], proportions: Sequence[float] | None) -> list[float]:
+    """pi_k; equal ones by default."""
+    return [1 / max(1, len(teachers))] * len(teachers) if proportions is None else list(proportions)
+
+
+def check_teachers(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     teachers: Sequence[Teacher],
@@ -177,6 +127,7 @@ def _check(
     pooling: str,
     temperature: float,
 ) -> None:
+    """Raise ValueError or TypeError for what does not fit together."""
     if not teachers:
         raise ValueError("no teacher: an ensemble needs at least one")
     for name, hidden, weight in (("student", hidden_ND, weight_VD), *(("teacher", *teacher) for teacher in teachers)):
@@ -189,6 +140,10 @@ def _check(
             raise TypeError(f"{name}: weight is {weight.dtype} but hidden is {hidden.dtype}: cast one of them first")
     if len(shares) != len(teachers) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise ValueError(f"proportions are {shares}, expected {len(teachers)} non-negative numbers that sum to 1")
+    for teacher in teachers:
+        if teacher.weight_VD.shape[0] > weight_VD.shape[0]:
+            classes = teacher.weight_VD.shape[0]
+            raise ValueError(f"a teacher has {classes} classes, the student only {weight_VD.shape[0]}")
     if pooling not in ("arithmetic", "logits"):
         raise ValueError(f"pooling is {pooling!r}, expected 'arithmetic' or 'logits'")
     if not (math.isfinite(temperature) and temperature > 0):

@@ -1,0 +1,152 @@
+"""Cross-entropy and divergence from soft targets of a linear head, from one product of logits, without keeping them.
+
+    loss = ce_scale * nll + kl_scale * KL(P || q_T)
+    nll  = lse(z) - z_y                    KL = sum_v P_v (log P_v - log q_v),   q_T = softmax(z / T)
+    dloss/dz = ce_scale * (q_1 - onehot_y) + kl_scale / T * (q_T - P)
+
+P comes block by block from a function, which may look at log q_T of the block. The gradient with respect to the logits
+is kept as in engine A of `late_bound`, N V elements, so that upstream gradients may depend on the values; forming it
+again would cost one product more, and those that P takes. Three products beside P's. N tokens, D hidden, V vocabulary,
+n tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixwright.kernels.blocks import bind_rows, rows_per_scratch
+
+
+class Target(NamedTuple):
+    """P of a block, [n, V], and sum_v P_v log P_v, [n]."""
+
+    probability_nV: Tensor
+    negative_entropy_n: Tensor
+
+
+TargetOf = Callable[[slice, Tensor], Target]
+"""The target of the rows `slice`, given log q_T of them, [n, V], which it must not change."""
+
+
+class TaughtLosses(NamedTuple):
+    """`loss_N` has a gradient, the others have not; all [N] in the row dtype. Without labels nll and lse are empty."""
+
+    loss_N: Tensor
+    nll_N: Tensor
+    lse_N: Tensor
+    kl_N: Tensor
+
+
+class Scales(NamedTuple):
+    """ce_scale, kl_scale and T of the formulas above."""
+
+    ce: float
+    kl: float
+    temperature: float
+
+
+def taught_losses(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_of: TargetOf,
+    counted_N: Tensor,
+    labels_N: Tensor | None,
+    scales: Scales,
+) -> TaughtLosses:
+    """Losses of every token; gradients flow from `loss_N` to `hidden_ND` and `weight_VD`.
+
+    Rows that are not counted (bool [N]) are 0 and influence nothing. Without labels there is no cross-entropy.
+    """
+    return TaughtLosses(
+        *_Taught.apply(hidden_ND, weight_VD, target_of, counted_N, labels_N, scales)  # type: ignore[no-untyped-call]
+    )
+
+
+class _Taught(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        target_of: TargetOf,
+        counted_N: Tensor,
+        labels_N: Tensor | None,
+        scales: Scales,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (num_rows, _), vocabulary = hidden_ND.shape, weight_VD.shape[0]
+        row_dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        kl_N, nll_N, lse_N = (hidden_ND.new_zeros(num_rows, dtype=row_dtype) for _ in range(3))
+        gradient_NV = hidden_ND.new_empty(num_rows if needs_weight else 0, vocabulary)
+        unit_dhidden_ND = torch.empty_like(hidden_ND) if needs_hidden else hidden_ND.new_empty(0)
+        block = rows_per_scratch(vocabulary, row_dtype, hidden_ND.device)
+        for first in range(0, num_rows, block):
+            span = slice(first, min(first + block, num_rows))
+            student_nD = hidden_ND[span].masked_fill(~counted_N[span, None], 0)
+            logits_nV = torch.mm(student_nD, weight_VD.T).to(row_dtype)
+            labels_n = None if labels_N is None else labels_N[span].where(counted_N[span], 0)[:, None]
+            kl_N[span], nll_N[span], lse_N[span] = _rows(logits_nV, span, target_of, labels_n, scales)
+            block_nV = logits_nV.to(hidden_ND.dtype)  # which `_rows` made the gradient
+            if needs_weight:
+                gradient_NV[span] = block_nV
+            if needs_hidden:
+                torch.mm(block_nV, weight_VD, out=unit_dhidden_ND[span])
+        for losses_N in (kl_N, nll_N, lse_N):
+            losses_N.masked_fill_(~counted_N, 0)
+        ctx.save_for_backward(hidden_ND, gradient_NV, unit_dhidden_ND, counted_N)
+        ctx.mark_non_differentiable(nll_N, lse_N, kl_N)
+        ctx.set_materialize_grads(False)
+        return scales.ce * nll_N + scales.kl * kl_N, nll_N, lse_N, kl_N
+
+    @staticmethod
+    def backward(ctx: Any, dloss_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dloss_N is None:
+            return None, None, None, None, None, None
+        hidden_ND, gradient_NV, unit_dhidden_ND, counted_N = ctx.saved_tensors
+        coefficient_N = dloss_N.masked_fill(~counted_N, 0)
+        dhidden_ND = dweight_VD = None
+        if ctx.needs_input_grad[0]:
+            dhidden_ND = (coefficient_N[:, None] * unit_dhidden_ND).to(hidden_ND.dtype)
+        if ctx.needs_input_grad[1]:
+            bound_ND, scale = bind_rows(hidden_ND.masked_fill(~counted_N[:, None], 0), coefficient_N)
+            dweight_VD = torch.mm(gradient_NV.T, bound_ND)
+            dweight_VD = dweight_VD if scale is None else dweight_VD.mul_(scale)
+        return dhidden_ND, dweight_VD, None, None, None, None
+
+
+def _rows(
+    logits_nV: Tensor, span: slice, target_of: TargetOf, labels_n1: Tensor | None, scales: Scales
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL, nll and lse of a block, [n] each; `logits_nV` becomes the gradient of the loss with respect to itself."""
+    ce, kl, temperature = scales
+    lse_n = torch.logsumexp(logits_nV, 1)
+    nll_n = torch.zeros_like(lse_n) if labels_n1 is None else lse_n - logits_nV.gather(1, labels_n1)[:, 0]
+    if temperature == 1:
+        log_q_nV = logits_nV.sub_(lse_n[:, None])
+        gradient_nV = None
+    else:
+        log_q_nV = torch.log_softmax(logits_nV / temperature, 1)
+        gradient_nV = logits_nV.sub_(lse_n[:, None]).exp_().mul_(ce)
+    target = target_of(span, log_q_nV)
+    kl_n = target.negative_entropy_n - _expected(target.probability_nV, log_q_nV)
+    q_nV = log_q_nV.exp_()
+    if gradient_nV is None:
+        gradient_nV = q_nV.mul_(ce + kl) if ce + kl != 1 else q_nV
+    else:
+        gradient_nV.add_(q_nV, alpha=kl / temperature)
+    gradient_nV.sub_(target.probability_nV, alpha=kl / temperature)
+    if labels_n1 is not None and ce:
+        gradient_nV.scatter_add_(1, labels_n1, gradient_nV.new_full(labels_n1.shape, -ce))
+    return kl_n, nll_n, lse_n
+
+
+def _expected(probability_nV: Tensor, log_q_nV: Tensor) -> Tensor:
+    """sum_v P_v log q_v, [n]; 0 where P is 0, also where q is 0."""
+    expected_n = torch.linalg.vecdot(probability_nV, log_q_nV)
+    if bool(torch.isfinite(expected_n).all()):
+        return expected_n
+    return torch.where(probability_nV > 0, probability_nV * log_q_nV, 0).sum(1)
