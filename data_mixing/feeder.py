@@ -191,7 +191,11 @@ def store_order(genesis: Genesis, store: TokenStore) -> NDArray[np.int64]:
     return np.array([names.index(domain.name) for domain in genesis.domains], dtype=np.int64)
 
 
-def micro_batches(rows: StepRows, num_rows: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Consecutive pieces of `num_rows` rows: tokens [b, T+1], domains [b]."""
+Arrays = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def micro_batches(rows: StepRows, num_rows: int) -> Iterator[Arrays]:
+    """Consecutive pieces of `num_rows` rows: tokens [b, T+1], domains [b], numbers in their domains [b]."""
     for first in range(0, len(rows.domain_n), num_rows):
-        yield rows.tokens_nS[first : first + num_rows], rows.domain_n[first : first + num_rows]
+        part = slice(first, first + num_rows)
+        yield rows.tokens_nS[part], rows.domain_n[part], rows.row_n[part]

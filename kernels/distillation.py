@@ -94,7 +94,8 @@ def distillation_reference(
     nll_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORED)
     log_q_NV = torch.log_softmax(logits_NV / temperature, 1)
     kl_N = torch.nn.functional.kl_div(log_q_NV, target_NV.double(), reduction="none").sum(1)
-    return (1 - share) * nll_N + share * temperature**2 * kl_N.masked_fill(labels_N == IGNORED, 0)
+    loss_N: Tensor = (1 - share) * nll_N + share * temperature**2 * kl_N.masked_fill(labels_N == IGNORED, 0)
+    return loss_N
 
 
 def top_k_reference(hidden_ND: Tensor, weight_VD: Tensor, kept: TopK) -> Tensor:
@@ -104,8 +105,9 @@ def top_k_reference(hidden_ND: Tensor, weight_VD: Tensor, kept: TopK) -> Tensor:
     rest_N = torch.ones_like(log_q_NV).scatter(1, kept.ids_Nk, 0)
     q_rest_N = (log_q_NV.exp() * rest_N).sum(1)
     p_Nk, p_rest_N = kept.log_p_Nk.double().exp(), kept.log_tail_N.double().exp()
-    kept_N = (p_Nk * (kept.log_p_Nk.double() - log_q_Nk)).sum(1)
-    return kept_N + torch.special.xlogy(p_rest_N, p_rest_N) - torch.special.xlogy(p_rest_N, q_rest_N)
+    kept_N: Tensor = (p_Nk * (kept.log_p_Nk.double() - log_q_Nk)).sum(1)
+    rest_kl_N: Tensor = torch.special.xlogy(p_rest_N, p_rest_N) - torch.special.xlogy(p_rest_N, q_rest_N)
+    return kept_N + rest_kl_N
 
 
 def _top_k_target(kept: TopK) -> TargetOf:
@@ -129,8 +131,9 @@ def _top_k_target(kept: TopK) -> TargetOf:
 
 def _spread(target_nV: Tensor, log_student_nV: Tensor, ids_nk: Tensor, p_nk: Tensor) -> Tensor:
     """sum of P log q over the classes outside the top, [n]."""
-    everywhere_n = torch.linalg.vecdot(target_nV, log_student_nV)
-    return everywhere_n - torch.linalg.vecdot(p_nk, log_student_nV.gather(1, ids_nk))
+    everywhere_n: Tensor = torch.linalg.vecdot(target_nV, log_student_nV)
+    top_n: Tensor = torch.linalg.vecdot(p_nk, log_student_nV.gather(1, ids_nk))
+    return everywhere_n - top_n
 
 
 def _check_top_k(hidden_ND: Tensor, weight_VD: Tensor, kept: TopK, temperature: float) -> None:

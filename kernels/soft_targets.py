@@ -146,7 +146,7 @@ def _rows(
 
 def _expected(probability_nV: Tensor, log_q_nV: Tensor) -> Tensor:
     """sum_v P_v log q_v, [n]; 0 where P is 0, also where q is 0."""
-    expected_n = torch.linalg.vecdot(probability_nV, log_q_nV)
+    expected_n: Tensor = torch.linalg.vecdot(probability_nV, log_q_nV)
     if bool(torch.isfinite(expected_n).all()):
         return expected_n
     return torch.where(probability_nV > 0, probability_nV * log_q_nV, 0).sum(1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "mixing.yaml"
 WEIGHTING_CONFIG = CONFIG.with_name("weighting.yaml")
+ENSEMBLE_CONFIG = CONFIG.with_name("ensemble.yaml")
 EVIDENCE = Path("docs") / "evidence"
 
 app = typer.Typer(help="Compare methods on small models.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -98,6 +99,40 @@ def weighting(
         typer.echo(f"{error}; what follows is what there is", err=True)
     show(study)
     for path in write_evidence(study, evidence):
+        typer.echo(f"written: {path}")
+
+
+@app.command()
+def ensemble(
+    config: Annotated[Path, typer.Option(help="the study")] = ENSEMBLE_CONFIG,
+    arms: Annotated[str, typer.Option(help="students, separated by commas (default: all)")] = "",
+    budget_minutes: Annotated[float | None, typer.Option(min=0, help="begin no run after so long")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: one by one")] = 2,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")] = None,
+    evidence: Annotated[Path, typer.Option(help="folder of the table and the picture")] = EVIDENCE,
+) -> None:
+    """Little text, much computing: tuned decay, ensembles, and students of them at equal steps, beside controls.
+
+    Finished runs are kept and read again, so a study that was interrupted goes on.
+    """
+    from mixwright.launch.ensemble_findings import find
+    from mixwright.launch.ensemble_report import show, write_evidence
+    from mixwright.launch.ensemble_runs import performer
+    from mixwright.launch.ensemble_study import load_ensemble_study
+    from mixwright.launch.ray_tasks import OutOfTime
+    from mixwright.launch.training_runs import run_map
+
+    deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    study = load_ensemble_study(config, typer.echo)
+    chosen = study.choose(_names(arms))
+    try:
+        with run_map(workers, study.ensemble.resources, address) as map_:
+            study.perform(performer(map_, study.ensemble, typer.echo, deadline), chosen)
+    except OutOfTime as error:
+        typer.echo(f"{error}; what follows is what there is", err=True)
+    findings = find(study)
+    show(findings)
+    for path in write_evidence(findings, evidence):
         typer.echo(f"written: {path}")
 
 

@@ -30,11 +30,20 @@ OWNED_DEEPSPEED_KEYS = {
 
 
 class RunConfig(StrictModel):
-    """Name, home and seed of the run; everything that it writes is below `folder`/`name`."""
+    """Name, home and seeds of the run; everything that it writes is below `folder`/`name`.
+
+    `seed` decides the order of the data and dropout, and the initial parameters unless `init_seed` does.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")
     folder: Path = Path("runs")
     seed: int = Field(default=0, ge=0, lt=1 << 62)
+    init_seed: int | None = Field(default=None, ge=0, lt=1 << 62)
+
+    @property
+    def seed_of_parameters(self) -> int:
+        """The seed of the initial parameters."""
+        return self.seed if self.init_seed is None else self.init_seed
 
 
 class DataConfig(StrictModel):
@@ -176,6 +185,28 @@ class MetricsConfig(StrictModel):
     row_log: bool = False
 
 
+class DistillationConfig(StrictModel):
+    """What the student learns beside the text: `(1 - share) * CE + share * temperature**2 * KL(teachers || student)`.
+
+    `teachers` are run folders or exports; their predictions are pooled: mean logits, or `arithmetic` means.
+    `teacher_temperature` divides the teachers' logits alone, `temperature` those of both. `cache` is a folder of
+    `mixwright distill cache`, made by the same teachers, which are then not run.
+    """
+
+    teachers: tuple[Path, ...] = Field(min_length=1)
+    share: float = Field(default=0.5, gt=0, le=1)
+    pooling: Literal["logits", "arithmetic"] = "logits"
+    teacher_temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    cache: Path | None = None
+
+    @model_validator(mode="after")
+    def _cached_at_one_temperature(self) -> DistillationConfig:
+        if self.cache is not None and self.temperature != 1:
+            raise ValueError("a cache holds predictions at temperature 1: leave `temperature` out, or `cache`")
+        return self
+
+
 class PretrainConfig(StrictModel):
     """A pretraining run, whole. `deepspeed` holds further DeepSpeed settings, passed through as they are."""
 
@@ -186,6 +217,7 @@ class PretrainConfig(StrictModel):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
+    distillation: DistillationConfig | None = None
     mixing: MixingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -210,6 +242,12 @@ class PretrainConfig(StrictModel):
                 f"{self.schedule.warmup_steps + self.schedule.decay_steps} exceeds "
                 f"training.num_steps = {self.training.num_steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _distils_plainly(self) -> PretrainConfig:
+        if self.distillation is not None and self.training.z_loss:
+            raise ValueError("training.z_loss must be 0 with `distillation`: the teachers bound the logits already")
         return self
 
     @model_validator(mode="after")

@@ -28,9 +28,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from mixwright.kernels.distillation import DistillationLosses
 from mixwright.kernels.linear_nll import TokenLosses
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
+from mixwright.pretrain.head import Lesson
 from mixwright.pretrain.model_options.apply import follow_updates
 from mixwright.pretrain.ranks import Ranks
 
@@ -132,8 +134,8 @@ class Engine:
     def module(self) -> Any:
         return self._engine.module
 
-    def forward(self, tokens_BS: Tensor) -> TokenLosses:
-        return self._engine(tokens_BS)  # type: ignore[no-any-return]
+    def forward(self, tokens_BS: Tensor, lesson: Lesson | None = None) -> TokenLosses | DistillationLosses:
+        return self._engine(tokens_BS, lesson)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)

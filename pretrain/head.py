@@ -5,13 +5,27 @@ N tokens of the micro-batch, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixwright.kernels.distillation import DistillationLosses, TopK, linear_distillation
+from mixwright.kernels.ensemble_kl import Pooling, Teacher
 from mixwright.kernels.linear_nll import TokenLosses, linear_nll
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What teachers say of a micro-batch: (1 - share) * CE + share * temperature**2 * KL is to be learned."""
+
+    teachers: Sequence[Teacher] | TopK
+    share: float
+    pooling: Pooling
+    temperature: float
 
 
 class Head(nn.Module):
@@ -30,9 +44,21 @@ class Head(nn.Module):
         self.softcap = softcap
         self.temperature = temperature
 
-    def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> TokenLosses:
-        """Cross-entropy and log-sum-exp of each token, float32 [N], in nats."""
+    def forward(
+        self, hidden_ND: Tensor, targets_N: Tensor, lesson: Lesson | None = None
+    ) -> TokenLosses | DistillationLosses:
+        """Cross-entropy and log-sum-exp of each token, float32 [N], in nats; with a lesson also what it adds."""
         features_ND, weight_VD = self.operands(hidden_ND)
+        if lesson is not None:
+            return linear_distillation(
+                features_ND,
+                weight_VD,
+                targets_N,
+                lesson.teachers,
+                share=lesson.share,
+                pooling=lesson.pooling,
+                temperature=lesson.temperature,
+            )
         return linear_nll(
             features_ND,
             weight_VD,
@@ -76,9 +102,10 @@ class LanguageModel(nn.Module):
         # Kept out of the module tree: its parameters are the backbone's and the head's, counted once.
         object.__setattr__(self, "causal_lm", causal_lm)
 
-    def forward(self, tokens_BS: Tensor) -> TokenLosses:
+    def forward(self, tokens_BS: Tensor, lesson: Lesson | None = None) -> TokenLosses | DistillationLosses:
         """Losses of predicting tokens 1.. from tokens ..S-2 of each row; int64 [B, S] in, float32 [B * (S-1)] out."""
-        losses: TokenLosses = self.head(self.hidden_states(tokens_BS), tokens_BS[:, 1:].reshape(-1))
+        targets_N = tokens_BS[:, 1:].reshape(-1)
+        losses: TokenLosses | DistillationLosses = self.head(self.hidden_states(tokens_BS), targets_N, lesson)
         return losses
 
     def hidden_states(self, tokens_BS: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,7 +21,9 @@ from mixwright.data_mixing.store import TokenStore
 from mixwright.data_mixing.weighting import WeightingState
 from mixwright.pretrain.checkpoint import Checkpoints, Found
 from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.distill.teaching import Teaching, open_teaching
 from mixwright.pretrain.engine import Engine, start_ranks
+from mixwright.pretrain.ensemble.member import EXPORT, ORIGIN, parameters_hash, write_origin
 from mixwright.pretrain.evaluate import evaluate
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
 from mixwright.pretrain.metrics import MetricWriter, loss_values, overall_loss, peak_memory_bytes, read_metrics
@@ -69,6 +72,7 @@ class Job:
     checkpoints: Checkpoints
     start: Position
     watcher: Watcher
+    teaching: Teaching | None = None
 
     @classmethod
     def build(
@@ -80,17 +84,20 @@ class Job:
             vocab_size=manifest.vocab_size,
             sequence_length=manifest.sequence_length,
             eos_id=manifest.eos_id,
-            seed=config.run.seed,
+            seed=config.run.seed_of_parameters,
             options=config.options,
         )
         watcher.say(
             f"model: {num_parameters(model):,} parameters, {ranks.size} rank(s), ZeRO {config.training.zero_stage}"
         )
+        if ranks.is_leader and not (config.run_dir / ORIGIN).exists():
+            write_origin(config.run_dir, parameters_hash(model))
+        teaching = open_teaching(config, store, ranks.device, watcher.say)
         engine = Engine(config, model, ranks)
         checkpoints = Checkpoints(config.run_dir / "checkpoints", config, ranks)
         found = checkpoints.find(watcher.say)
         start = _load(checkpoints, engine, found, watcher) if found else Position()
-        return cls(config, ranks, store, mixing, engine, checkpoints, start, watcher)
+        return cls(config, ranks, store, mixing, engine, checkpoints, start, watcher, teaching)
 
     def run(self, stop: StopRequest) -> int:
         """Train, then test, export and report; returns the exit code."""
@@ -104,8 +111,9 @@ class Job:
             attempt, objective = self.mixing.attempt, self._objective()
             row_log = stack.enter_context(self._row_log()) if config.metrics.row_log else None
             trainer = Trainer(
-                config, self.engine, objective, self.ranks, feeder, leader, attempt, stop.is_requested, row_log
-            )
+                config, self.engine, objective, self.ranks, feeder, leader, attempt, stop.is_requested, row_log,
+                self.teaching,
+            )  # fmt: skip
             end = self._train(trainer, metrics)
             if end is None:
                 self.watcher.say("interrupted; run the same command again to go on")
@@ -229,7 +237,9 @@ class Job:
     def _export(self) -> None:
         parameters = self.engine.full_parameters()
         if self.ranks.is_leader:
-            export(self.engine.module, parameters, self.store.tokenizer_folder, self.config.run_dir / "export")
+            folder = self.config.run_dir / EXPORT
+            export(self.engine.module, parameters, self.store.tokenizer_folder, folder)
+            shutil.copyfile(self.config.run_dir / ORIGIN, folder / ORIGIN)
         self.ranks.barrier()
 
     def _end_entry(self, end: Position) -> End:

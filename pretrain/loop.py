@@ -18,6 +18,7 @@ from mixwright.data_mixing.feeder import Feeder, StepRows, micro_batches
 from mixwright.data_mixing.leader import Leader
 from mixwright.data_mixing.plan import chain_digest, rank_positions
 from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.distill.teaching import Teaching
 from mixwright.pretrain.engine import Engine
 from mixwright.pretrain.errors import NonFiniteLoss
 from mixwright.pretrain.head import seed_step
@@ -72,6 +73,7 @@ class Trainer:
     attempt: int
     stop_requested: Callable[[], bool]
     row_log: RowLossLog | None = None
+    teaching: Teaching | None = None
 
     def train_step(self, step: int, sums: DomainSums) -> tuple[float, float, ControlWord]:
         """One optimizer step; returns the gradient norm, the learning rate and what all ranks know of the step."""
@@ -79,12 +81,15 @@ class Trainer:
         rows = self.feeder.next()
         control = self._announce(rows)
         parts = micro_batches(rows, self.config.training.micro_batch_rows)
-        batches = [(self._to_device(tokens_BS), self._to_device(domain_B)) for tokens_BS, domain_B in parts]
+        batches = [
+            (self._to_device(tokens_BS), self._to_device(domain_B), row_B) for tokens_BS, domain_B, row_B in parts
+        ]
         if self.objective.has_first_pass:
             self._preview(step, batches)
         row_losses = []
-        for tokens_BS, domain_B in batches:
-            losses = self.engine.forward(tokens_BS)
+        for tokens_BS, domain_B, row_B in batches:
+            lesson = self.teaching.lesson(tokens_BS, domain_B, row_B) if self.teaching is not None else None
+            losses = self.engine.forward(tokens_BS, lesson)
             self.engine.backward(self.objective(losses, tokens_BS, domain_B))
             sums.add(losses.nll_N, domain_B)
             row_losses.append(losses.nll_N.detach().reshape(len(domain_B), -1).mean(dim=1))
@@ -102,9 +107,9 @@ class Trainer:
         log.add(step, np.arange(mine.start, mine.stop), loss_n.float().cpu().numpy(), weight_n.float().cpu().numpy())
 
     @torch.no_grad()
-    def _preview(self, step: int, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _preview(self, step: int, batches: Sequence[tuple[Tensor, Tensor, np.ndarray]]) -> None:
         """The first of two passes: losses alone, with the dropout of the second."""
-        for tokens_BS, domain_B in batches:
+        for tokens_BS, domain_B, _ in batches:
             self.objective.preview(self.engine.forward(tokens_BS), tokens_BS, domain_B)
         seed_step(self.config.run.seed, step, self.ranks.rank)
 

@@ -29,6 +29,7 @@ from mixwright.data_mixing.weighting import (
     lagged_factors,
     updated,
 )
+from mixwright.kernels.distillation import DistillationLosses
 from mixwright.kernels.linear_nll import TokenLosses
 from mixwright.pretrain.ranks import Ranks
 from mixwright.pretrain.weight_metrics import WeightWindow
@@ -96,11 +97,11 @@ class Objective:
         """Whether every micro-batch is to be shown to `preview` before the first one is called with."""
         return self._in_force is not None and self._in_force.weighting.scope == "step_two_phase"
 
-    def preview(self, losses: TokenLosses, tokens_BS: Tensor, domain_B: Tensor) -> None:
+    def preview(self, losses: TokenLosses | DistillationLosses, tokens_BS: Tensor, domain_B: Tensor) -> None:
         """Losses of a micro-batch in the first pass."""
         self._seen.append(self._samples(losses.nll_N.detach(), tokens_BS, domain_B)[0])
 
-    def __call__(self, losses: TokenLosses, tokens_BS: Tensor, domain_B: Tensor) -> Tensor:
+    def __call__(self, losses: TokenLosses | DistillationLosses, tokens_BS: Tensor, domain_B: Tensor) -> Tensor:
         """This micro-batch's share of the step's scalar, to be averaged over ranks; float32."""
         num_tokens = losses.nll_N.numel() // len(domain_B) * self.shape.rows_per_step
         if self._in_force is None:
@@ -109,7 +110,7 @@ class Objective:
         mass_S = self._sample_mass(samples, num_tokens)
         token_mass_N = (mass_S / torch.clamp(samples.tokens_S, min=1.0))[sample_N]
         self._row_mass.append(token_mass_N.reshape(len(domain_B), -1).sum(dim=1))
-        total = (token_mass_N * torch.where(token_mass_N > 0, losses.nll_N, 0.0)).sum()
+        total = (token_mass_N * torch.where(token_mass_N > 0, trained(losses), 0.0)).sum()
         if self.shape.z_loss:
             follows = self._in_force.weighting.z_loss == "weights"
             total = (
@@ -136,8 +137,8 @@ class Objective:
         """
         return torch.cat(self._row_mass) * (self.shape.rows_per_step / divisor) if self._row_mass else None
 
-    def _uniform(self, losses: TokenLosses, num_tokens: int) -> Tensor:
-        total = losses.nll_N.sum()
+    def _uniform(self, losses: TokenLosses | DistillationLosses, num_tokens: int) -> Tensor:
+        total = trained(losses).sum()
         if self.shape.z_loss:
             total = total + self.shape.z_loss * losses.lse_N.square().sum()
         return total * (self._ranks.size / num_tokens)
@@ -197,6 +198,11 @@ def _joined(parts: Sequence[Samples]) -> Samples:
         torch.cat([part.tokens_S for part in parts]),
         torch.cat([part.domain_S for part in parts]),
     )
+
+
+def trained(losses: TokenLosses | DistillationLosses) -> Tensor:
+    """The loss of each token that has a gradient, [N]: cross-entropy, or its mixture with what teachers say."""
+    return losses.loss_N if isinstance(losses, DistillationLosses) else losses.nll_N
 
 
 def samples_of(nll_N: Tensor, tokens_BS: Tensor, domain_B: Tensor, eos_id: int | None) -> tuple[Samples, Tensor]:

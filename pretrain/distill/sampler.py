@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mixwright.kernels.ensemble_kl import Pooling
+from mixwright.pretrain.ensemble.pooling import pool
 from mixwright.pretrain.head import LanguageModel
 
 
@@ -36,14 +37,6 @@ def continue_rows(
         last_Bn = _draw(scores_BV, temperature, generator)
         rows_BS = torch.cat([rows_BS, last_Bn], dim=1)
     return rows_BS
-
-
-def pool(logits: Sequence[Tensor], pooling: Pooling) -> Tensor:
-    """Scores whose softmax is the pooled prediction: mean logits, or the log of mean probabilities; any [..., V]."""
-    if pooling == "logits":
-        return torch.stack(list(logits)).mean(dim=0)
-    stacked = torch.stack([torch.log_softmax(one, dim=-1) for one in logits])
-    return torch.logsumexp(stacked, dim=0) - torch.log(torch.tensor(float(len(logits))))
 
 
 def _next_logits(model: LanguageModel, tokens_Bn: Tensor, cache: DynamicCache) -> Tensor:

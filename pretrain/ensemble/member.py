@@ -53,8 +53,10 @@ def inspect_member(path: Path) -> Member:
     """The member that a run folder (its export) or an export holds. Raises EnsembleError naming what is missing."""
     folder = path / EXPORT if (path / EXPORT).is_dir() else path
     if not (folder / "config.json").is_file():
-        state = "has no export: its run is not complete" if (path / "config.yaml").is_file() else "holds no model"
-        raise EnsembleError(f"member {path}: {state} (expected {folder / 'config.json'})")
+        is_run = (path / "config.yaml").is_file() and folder == path
+        state = "has no export: its run is not complete" if is_run else "holds no model"
+        expected = (path / EXPORT if is_run else folder) / "config.json"
+        raise EnsembleError(f"member {path}: {state} (expected {expected})")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise EnsembleError(f"member {path}: {folder} holds no parameters (expected *.safetensors)")

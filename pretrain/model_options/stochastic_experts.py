@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mixwright.data_mixing.permutation import mix_key
 from mixwright.kernels.blocks import rows_per_scratch
+from mixwright.kernels.distillation import DistillationLosses
 from mixwright.kernels.linear_nll import TokenLosses
 from mixwright.pretrain.errors import TrainingError
-from mixwright.pretrain.head import Head, LanguageModel
+from mixwright.pretrain.head import Head, LanguageModel, Lesson
 from mixwright.pretrain.model_options.config import StochasticExperts
 
 
@@ -82,9 +83,11 @@ class StochasticLanguageModel(LanguageModel):
         super().__init__(causal_lm)
         self._alpha = alpha
 
-    def forward(self, tokens_BS: Tensor) -> TokenLosses:
+    def forward(self, tokens_BS: Tensor, lesson: Lesson | None = None) -> TokenLosses | DistillationLosses:
         if not self.training:
             return super().forward(tokens_BS)
+        if lesson is not None:
+            raise TrainingError("options.stochastic_experts and distillation do not go together: leave one of them out")
         targets_N = tokens_BS[:, 1:].reshape(-1)
         first_ND, second_ND = self._hidden_of_pass(tokens_BS, 0), self._hidden_of_pass(tokens_BS, 1)
         first, second = self.head(first_ND, targets_N), self.head(second_ND, targets_N)

@@ -1,0 +1,164 @@
+"""Whole training runs as tasks: each a process tree of its own that ends with its parent, performed once, resumed.
+
+A run's folder says whether it is complete (its journal has an end); its losses are read from its metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from mixwright.launch.ray_tasks import TaskMap, TaskOptions, task_map
+from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.ensemble.config import ResourcesConfig
+from mixwright.pretrain.errors import NonFiniteLoss, RunInUse, TrainingError
+from mixwright.pretrain.metrics import read_metrics
+from mixwright.pretrain.rundir import read_history, sole_trainer
+
+SCRIPT = Path(__file__).with_name("pretrain.py")
+LOG = "log.txt"
+DIVERGED = "diverged.txt"
+ATTEMPTS = 3
+"""Of a run that asks to be started again (exit code 75) or is killed."""
+RELEASE_TIMEOUT_S = 60.0
+"""How long a run may still be held by a process that is about to end."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run found, losses in nats per token over all domains; infinite validation: it diverged.
+
+    `seconds` are of its optimizer steps.
+    """
+
+    folder: Path
+    validation: float
+    test: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run to perform and what it takes."""
+
+    config: PretrainConfig
+    resources: ResourcesConfig
+
+
+@contextlib.contextmanager
+def run_map(
+    num_workers: int, resources: ResourcesConfig, address: str | None = None
+) -> Iterator[TaskMap[Launch, RunResult]]:
+    """Performs runs `num_workers` at a time as Ray tasks; 0: one after the other from here.
+
+    A lost worker or node costs its own run a restart, from that run's last checkpoint; folders must be shared.
+    """
+    options = TaskOptions("a training run", num_cpus=resources.cpus, num_gpus=resources.gpus)
+    with task_map(perform_run, num_workers, options, address) as map_:
+        yield map_
+
+
+def perform_run(launch: Launch) -> RunResult:
+    """The result of a run: read when it is complete, else trained for, going on from its last checkpoint.
+
+    Raises TrainingError with the last line that the run printed when it fails for another reason than divergence.
+    """
+    found = find_result(launch.config)
+    if found is not None:
+        return found
+    run_dir = launch.config.run_dir
+    _await_release(run_dir)
+    with (run_dir / "launch.yaml").open("w", encoding="utf-8") as file:
+        yaml.safe_dump(launch.config.model_dump(mode="json"), file, sort_keys=False)
+    for _ in range(ATTEMPTS):
+        code = _train(launch)
+        if code == 0:
+            break
+        if code == NonFiniteLoss.exit_code:
+            (run_dir / DIVERGED).write_text(_last_line(run_dir / LOG) + "\n", encoding="utf-8")
+            break
+        if code not in (75, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL):
+            raise TrainingError(f"run {run_dir} ended with exit code {code}: {_last_line(run_dir / LOG)}")
+    result = find_result(launch.config)
+    if result is None:
+        raise TrainingError(f"run {run_dir} did not end in {ATTEMPTS} attempts: {_last_line(run_dir / LOG)}")
+    return result
+
+
+def find_result(config: PretrainConfig) -> RunResult | None:
+    """The result of a run that is complete, None when it is not."""
+    run_dir = config.run_dir
+    if (run_dir / DIVERGED).is_file():
+        return RunResult(folder=run_dir, validation=math.inf, test=math.inf, seconds=math.nan)
+    if read_history(run_dir).end is None:
+        return None
+    records = read_metrics(run_dir)
+    last = {record["kind"]: record for record in records}
+    seconds = sum(record["step_seconds"] for record in records if record["kind"] == "step")
+    return RunResult(
+        folder=run_dir, validation=_overall(last["validation"]), test=_overall(last["test"]), seconds=seconds
+    )
+
+
+def _overall(record: dict[str, dict[str, float]]) -> float:
+    """Mean over tokens of all domains."""
+    tokens = record["tokens"]
+    return sum(loss * tokens[name] for name, loss in record["loss"].items()) / sum(tokens.values())
+
+
+def _train(launch: Launch) -> int:
+    """Start the run's process, wait for it, return its exit code. Its output is appended to the run's log."""
+    resources, run_dir = launch.resources, launch.config.run_dir
+    command = [str(SCRIPT), "--config", str(run_dir / "launch.yaml")]
+    if resources.ranks > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={resources.ranks}", *command]
+    threads = str(max(resources.cpus // resources.ranks, 1))
+    with (run_dir / LOG).open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": threads}, preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however it ends: no run is left training alone."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _await_release(run_dir: Path) -> None:
+    """Wait until no process holds the run, as that of a killed parent may for a moment. Raises RunInUse."""
+    deadline = time.monotonic() + RELEASE_TIMEOUT_S
+    while True:
+        try:
+            with sole_trainer(run_dir):
+                return
+        except RunInUse:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    errors = [line for line in lines[-50:] if line.startswith("error:")]
+    return (errors or lines or ["it printed nothing"])[-1][:500]
