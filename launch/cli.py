@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mixwright.launch import config_commands, data, ensemble, mix, study
+from mixwright.launch import config_commands, data, distill_commands, ensemble, generate, mix, study
 from mixwright.launch.ending import run
 
 app = typer.Typer(
@@ -16,6 +16,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(mix.app, name="mix")
 app.add_typer(config_commands.app, name="config")
 app.add_typer(ensemble.app, name="ensemble")
+app.add_typer(distill_commands.app, name="distill")
+app.command()(generate.generate)
 app.add_typer(study.app, name="study")
 
 

@@ -41,7 +41,7 @@ def evaluate(
         find_members(paths, k),
         TokenStore.open(store),
         folder=out / "spool",
-        pooling=_pooling(pooling),
+        pooling=pooling_named(pooling),
         rows_per_domain=rows,
         calibration_rows_per_domain=calibration_rows,
         max_subsets=subsets,
@@ -144,7 +144,8 @@ def _members_in(path: Path) -> list[Path]:
     return [found[number] for number in sorted(found)]
 
 
-def _pooling(name: str) -> Pooling:
+def pooling_named(name: str) -> Pooling:
+    """The pooling of that name. Raises ConfigError."""
     from mixwright.data_mixing.errors import ConfigError, nearest
     from mixwright.pretrain.ensemble.pooling import POOLINGS
 

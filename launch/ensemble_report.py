@@ -201,9 +201,10 @@ def _preface(found: Findings) -> str:
     return (
         "Written by `python launch/study.py ensemble`; how it is done and what it is not: docs/studies.md. "
         f"{found.num_tokens:,} training tokens, {found.num_parameters:,} parameters, losses in nats per token on all "
-        "test rows. Settings and temperatures were chosen on the validation split. Errors of models are standard errors "
-        "over seeds, differences of models are paired by seed; errors of ensembles are over rows, paired. `kept` is the "
-        f"share of the teachers' gain ({found.num_teachers} members by the rule) over the tuned single model. All runs "
+        "test rows. Settings and temperatures were chosen on the validation split. Errors of models are standard "
+        "errors over seeds, differences of models are paired by seed; errors of ensembles are over rows, paired. "
+        f"`kept` is the share of the teachers' gain ({found.num_teachers} members by the rule) over the tuned single "
+        "model. All runs "
         f"together: {found.core_seconds / 60:.0f} minutes of steps on one core each, two at a time on a shared machine."
     )
 

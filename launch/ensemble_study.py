@@ -15,8 +15,8 @@ from typing import Literal
 from pydantic import Field
 
 from mixwright.data_mixing.config_file import StrictModel, load_config
-from mixwright.data_mixing.corpora import load_corpora_config
-from mixwright.data_mixing.errors import ConfigError, nearest
+from mixwright.data_mixing.corpora import find_files, load_corpora_config
+from mixwright.data_mixing.errors import ConfigError, DataError, nearest
 from mixwright.data_mixing.prepare import prepare
 from mixwright.data_mixing.store import TokenStore
 from mixwright.launch.ensemble_runs import Perform, TuningRecord, member_recipe, tune
@@ -58,10 +58,14 @@ class StudentsConfig(StrictModel):
 
 
 class EnsembleStudyConfig(StrictModel):
-    """The study, whole. `num_teachers` members teach, all `num_members` are evaluated."""
+    """The study, whole. `num_teachers` members teach, all `num_members` are evaluated.
+
+    `fallback_corpora` is text that every installation has, for where `corpora` is absent.
+    """
 
     ensemble: Path
     corpora: Path
+    fallback_corpora: Path
     seeds: tuple[int, ...] = Field(min_length=1)
     num_members: int = Field(ge=2)
     num_teachers: int = Field(ge=1)
@@ -224,5 +228,20 @@ def load_ensemble_study(path: Path, say: Say) -> EnsembleStudy:
     config = load_config(EnsembleStudyConfig, path)
     ensemble, base = load_ensemble_config(path.parent / config.ensemble)
     corpora = path.parent / config.corpora
-    prepare(load_corpora_config(corpora), corpora.parent)
-    return EnsembleStudy(config, ensemble, base, say)
+    if not _is_at_hand(corpora):
+        corpora = path.parent / config.fallback_corpora
+        say(f"the text of {config.corpora} is not here: {config.fallback_corpora} instead, in a folder of its own")
+        ensemble = ensemble.model_copy(update={"folder": ensemble.folder / "fallback"})
+    store = load_corpora_config(corpora)
+    prepare(store, corpora.parent)
+    data = base.data.model_copy(update={"store": store.output})
+    return EnsembleStudy(config, ensemble, base.model_copy(update={"data": data}), say)
+
+
+def _is_at_hand(corpora: Path) -> bool:
+    try:
+        for name, source in load_corpora_config(corpora).domains.items():
+            find_files(name, source, corpora.parent)
+    except DataError:
+        return False
+    return True
