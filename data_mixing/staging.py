@@ -91,7 +91,7 @@ def _locked(folder: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(lock)
-            raise DataError(f"{folder}: another `data prepare` is at work here; wait for it to end") from None
+            raise DataError(f"{folder}: another process is at work here; wait for it to end") from None
         # The folder may have been removed by its last holder between open and lock.
         if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
             return lock

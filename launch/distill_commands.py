@@ -48,8 +48,10 @@ def prepare_from(path: Path, overrides: Sequence[str], console: RunConsole) -> P
     from mixwright.data_mixing.staging import atomic_file
     from mixwright.pretrain.distill.config import load_distill_config
     from mixwright.pretrain.distill.pipeline import prepare_student
+    from mixwright.pretrain.start import ensure_store
 
     config, base = load_distill_config(path, overrides)
+    ensure_store(base, console)
     student = prepare_student(config, base, console.say, stage_progress(console.say))
     written = config.folder / STUDENT
     config.folder.mkdir(parents=True, exist_ok=True)

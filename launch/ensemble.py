@@ -83,12 +83,15 @@ def _performing(
 ) -> Iterator[tuple[EnsembleConfig, Runs, Perform]]:
     """The configuration, its runs, and something that performs them."""
     from mixwright.data_mixing.store import TokenStore
+    from mixwright.launch.console import RunConsole
     from mixwright.launch.ensemble_runs import performer
     from mixwright.launch.training_runs import run_map
     from mixwright.pretrain.ensemble.config import Runs, load_ensemble_config
+    from mixwright.pretrain.start import ensure_store
 
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     settings, base = load_ensemble_config(path, overrides)
+    ensure_store(base, RunConsole(quiet=False))
     runs = Runs(base, TokenStore.open(base.data.store), settings.warmup_share)
     with run_map(workers, settings.resources, address) as map_:
         yield settings, runs, performer(map_, settings, typer.echo, deadline)

@@ -9,6 +9,9 @@ import pytest
 from mixwright.data_mixing.config_file import validate
 from mixwright.data_mixing.corpora import CorporaConfig
 from mixwright.data_mixing.prepare import prepare
+from mixwright.data_mixing.store import TokenStore
+from mixwright.pretrain.ensemble.member import Member
+from tests.pretrain.members import write_member
 
 WORDS = {
     "letters": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu",
@@ -36,3 +39,10 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     prepare(validate(CorporaConfig, tree, "tiny corpora"), folder)
     return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def members(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
+    """Three members of different seeds, trained for a few steps on the tiny store."""
+    folder, store = tmp_path_factory.mktemp("members"), TokenStore.open(tiny_store)
+    return [write_member(folder / f"member-{seed}", store, seed) for seed in range(3)]

@@ -147,6 +147,7 @@ class Runs:
             "schedule": {"warmup_steps": round(self._warmup_share * steps)},
             "training": {"num_steps": steps},
             "evaluation": {"every": steps},
+            "data": {"prepare": None},  # the store is there
         }
         return self.changed(changes)
 

@@ -181,7 +181,7 @@ def test_an_output_that_may_not_be_written_is_one_clear_error(tmp_path: Path) ->
 
 def test_a_second_preparation_of_the_same_output_is_refused(tmp_path: Path) -> None:
     config = corpora_config(tmp_path / "s", two_domains(tmp_path))
-    with exclusive(tmp_path / "s.building"), pytest.raises(DataError, match="another `data prepare` is at work here"):
+    with exclusive(tmp_path / "s.building"), pytest.raises(DataError, match="another process is at work here"):
         prepare(config, tmp_path)
     assert prepare(config, tmp_path).made
 
