@@ -19,6 +19,7 @@ from pathlib import Path
 from mixwright.data_mixing.errors import ConfigError, MixingError
 from mixwright.launch.console import RunConsole
 from mixwright.launch.distill_commands import STUDENT, prepare_from
+from mixwright.launch.ending import rank_failed
 from mixwright.pretrain.config import PretrainConfig, load_pretrain_config
 from mixwright.pretrain.distill.config import load_distill_config
 from mixwright.pretrain.ranks import launched_rank
@@ -55,10 +56,7 @@ def main() -> int:
         return run_job(config, console)
     except MixingError as error:
         console.close()
-        # Configuration and data errors are the same on all ranks: the leader speaks for them.
-        if rank == 0 or error.exit_code not in (2, 3):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return rank_failed(error, rank)
 
 
 if __name__ == "__main__":

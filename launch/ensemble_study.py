@@ -71,6 +71,7 @@ class EnsembleStudyConfig(StrictModel):
     num_teachers: int = Field(ge=1)
     standard: StandardConfig
     students: StudentsConfig
+    default_arms: tuple[str, ...] = ()
 
 
 @dataclass
@@ -118,12 +119,12 @@ class EnsembleStudy:
         return list({run.folder: run for run in runs}.values())
 
     def choose(self, names: Sequence[str]) -> list[str]:
-        """Arms by name, all of them when none is named. Raises ConfigError."""
+        """Arms by name, the default ones when none is named. Raises ConfigError."""
         arms = self.config.students.arms
-        for name in names:
+        for name in [*names, *self.config.default_arms]:
             if name not in arms:
                 raise ConfigError(f"the study has no students {name!r}{nearest(name, arms)}")
-        return list(names or arms)
+        return list(names or self.config.default_arms or arms)
 
     def perform(self, perform: Perform, arms: Sequence[str]) -> None:
         """All runs, the parts in an order in which an early end leaves most."""
@@ -153,12 +154,12 @@ class EnsembleStudy:
 
     def train_members(self, perform: Perform) -> None:
         """Members by the tuned recipe as it is, and by the rule for members."""
-        settings, numbers = self.ensemble.members, range(self.config.num_members)
-        recipe, folder = member_recipe(self.ensemble), self.folder / "members"
-        self.found.members["rule"] = perform([self.runs.member(recipe, folder, number, settings) for number in numbers])
         assert self.found.tuning is not None
-        tuned = self.found.tuning.best.recipe
-        self.found.members["tuned"] = perform([self._keyed(tuned, settings.first_seed + n) for n in numbers])
+        settings, numbers = self.ensemble.members, range(self.config.num_members)
+        recipe, tuned = member_recipe(self.ensemble), self.found.tuning.best.recipe
+        by_rule = [self.runs.member(recipe, self.folder / "members", number, settings) for number in numbers]
+        results = perform([*by_rule, *(self._keyed(tuned, settings.first_seed + number) for number in numbers)])
+        self.found.members = {"rule": results[: len(by_rule)], "tuned": results[len(by_rule) :]}
 
     def train_students(self, perform: Perform, arms: Sequence[str]) -> None:
         """Students with every seed; candidates for the decay with the first one."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mixwright.data_mixing.errors import MixingError
 from mixwright.launch.console import RunConsole
+from mixwright.launch.ending import rank_failed
 from mixwright.pretrain.config import load_pretrain_config
 from mixwright.pretrain.ranks import launched_rank
 
@@ -40,10 +41,7 @@ def main() -> int:
         return run_job(config, console)
     except MixingError as error:
         console.close()
-        # Configuration and data errors are the same on all ranks: the leader speaks for them.
-        if rank == 0 or error.exit_code not in (2, 3):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return rank_failed(error, rank)
 
 
 if __name__ == "__main__":
