@@ -179,12 +179,13 @@ def peak_bytes(name: str, shape: Shape, device: str) -> int:
         run_once(provider, arguments)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
-    before = _status_kib("VmRSS")
+    before = resident_kib("VmRSS")
     run_once(provider, arguments)
-    return (_status_kib("VmHWM") - before) << 10
+    return (resident_kib("VmHWM") - before) << 10
 
 
-def _status_kib(key: str) -> int:
+def resident_kib(key: str) -> int:
+    """A figure of this process by its name in /proc, in KiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mixwright.kernels.ensemble_kl import Pooling, Teacher, check_teachers, ensemble_target, shares_of
-from mixwright.kernels.soft_targets import Scales, Target, TargetOf, taught_losses
+from mixwright.kernels.soft_targets import Scales, Target, TargetOf, row_products, taught_losses
 
 IGNORED = -100
 
@@ -111,29 +111,20 @@ def top_k_reference(hidden_ND: Tensor, weight_VD: Tensor, kept: TopK) -> Tensor:
 
 
 def _top_k_target(kept: TopK) -> TargetOf:
-    def target_of(span: slice, log_student_nV: Tensor) -> Target:
-        ids_nk, log_p_nk = kept.ids_Nk[span], kept.log_p_Nk[span].to(log_student_nV.dtype)
-        log_tail_n = kept.log_tail_N[span].to(log_student_nV.dtype)
-        p_nk = log_p_nk.exp()
-        log_rest_nV = log_student_nV.scatter(1, ids_nk, -math.inf)
-        log_q_rest_n = torch.logsumexp(log_rest_nV, 1)
+    def target_of(span: slice, scores_nV: Tensor) -> Target:
+        ids_nk, p_nk = kept.ids_Nk[span], kept.log_p_Nk[span].to(scores_nV.dtype).exp()
+        log_tail_n = kept.log_tail_N[span].to(scores_nV.dtype)
+        rest_nV = scores_nV.scatter(1, ids_nk, -math.inf)
+        lse_rest_n = torch.logsumexp(rest_nV, 1)
         # With all classes kept there is nowhere to spread what rounding left.
-        log_ratio_n = torch.where(log_q_rest_n > -math.inf, log_tail_n - log_q_rest_n, -math.inf)
-        target_nV = log_rest_nV.add_(log_ratio_n[:, None]).exp_().scatter_(1, ids_nk, p_nk)
-        # sum P log P with log P = log q + log(p_rest / q_rest) outside the top: the log q part meets -sum P log q.
-        kept_n = torch.special.xlogy(p_nk, p_nk).sum(1)
-        tail_n = torch.where(log_ratio_n > -math.inf, log_tail_n.exp() * log_ratio_n, 0)
-        spread_n = _spread(target_nV, log_student_nV, ids_nk, p_nk)
-        return Target(target_nV, kept_n + tail_n + spread_n)
+        shift_n = torch.where(lse_rest_n > -math.inf, log_tail_n - lse_rest_n, -math.inf)
+        target_nV = rest_nV.add_(shift_n[:, None]).exp_()
+        # sum P log P with log P = s + shift outside the top
+        rest_n = row_products(target_nV, scores_nV, torch.empty_like(scores_nV))
+        rest_n = rest_n + torch.where(shift_n > -math.inf, log_tail_n.exp() * shift_n, 0)
+        return Target(target_nV.scatter_(1, ids_nk, p_nk), torch.special.xlogy(p_nk, p_nk).sum(1) + rest_n)
 
     return target_of
-
-
-def _spread(target_nV: Tensor, log_student_nV: Tensor, ids_nk: Tensor, p_nk: Tensor) -> Tensor:
-    """sum of P log q over the classes outside the top, [n]."""
-    everywhere_n: Tensor = torch.linalg.vecdot(target_nV, log_student_nV)
-    top_n: Tensor = torch.linalg.vecdot(p_nk, log_student_nV.gather(1, ids_nk))
-    return everywhere_n - top_n
 
 
 def _check_top_k(hidden_ND: Tensor, weight_VD: Tensor, kept: TopK, temperature: float) -> None:

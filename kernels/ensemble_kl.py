@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mixwright.kernels.soft_targets import Scales, Target, TargetOf, taught_losses
+from mixwright.kernels.soft_targets import Scales, Target, TargetOf, lse_from_softmax, row_products, taught_losses
 
 Pooling = Literal["arithmetic", "logits"]
 
@@ -87,31 +87,53 @@ def ensemble_target(
 ) -> TargetOf:
     """What the ensemble predicts for a block of rows; teachers are streamed through two [n, V] whatever K is."""
 
-    def target_of(span: slice, log_student_nV: Tensor) -> Target:
-        pooled_nV, is_whole = torch.zeros_like(log_student_nV), True
-        for teacher, share in zip(teachers, shares, strict=True):
+    def target_of(span: slice, scores_nV: Tensor) -> Target:
+        pooled_nV = torch.empty_like(scores_nV)
+        for number, (teacher, share) in enumerate(zip(teachers, shares, strict=True)):
             hidden_nD = teacher.hidden_ND[span].masked_fill(~counted_N[span, None], 0)
-            logits_nv = torch.mm(hidden_nD, teacher.weight_VD.T).to(pooled_nV.dtype)
-            logits_nv = logits_nv if temperature == 1 else logits_nv.div_(temperature)
-            known = logits_nv.shape[1]
-            is_whole &= known == pooled_nV.shape[1] or share == 0
-            if pooling == "arithmetic":
-                logits_nv = torch.softmax(logits_nv, 1)
-            elif share > 0:
-                pooled_nV[:, known:] = -torch.inf
-            pooled_nV[:, :known].add_(logits_nv, alpha=share)
-        if pooling == "arithmetic":
-            return Target(pooled_nV, torch.special.xlogy(pooled_nV, pooled_nV).sum(1))
-        return _softmax(pooled_nV, is_whole)
+            if pooling == "logits":
+                _add_logits(pooled_nV, hidden_nD, teacher.weight_VD, share / temperature, is_first=number == 0)
+            else:
+                _add_probabilities(pooled_nV, hidden_nD, teacher.weight_VD, share, temperature, is_first=number == 0)
+        if pooling == "logits":
+            return _softmax_(pooled_nV)
+        log_nV = pooled_nV.clamp_min(torch.finfo(pooled_nV.dtype).tiny).log_()
+        return Target(pooled_nV, row_products(pooled_nV, log_nV, log_nV))
 
     return target_of
 
 
-def _softmax(logits_nV: Tensor, is_finite: bool) -> Target:
-    """softmax of logits, of which some are -inf unless `is_finite`."""
-    log_p_nV = torch.log_softmax(logits_nV, 1)
-    p_nV = torch.exp(log_p_nV)
-    return Target(p_nV, torch.linalg.vecdot(p_nV, log_p_nV if is_finite else log_p_nV.masked_fill_(p_nV == 0, 0)))
+def _add_logits(pooled_nV: Tensor, hidden_nD: Tensor, weight_vD: Tensor, scale: float, *, is_first: bool) -> None:
+    """pooled += scale * logits; classes that the teacher lacks become -inf, unless its scale is 0."""
+    known = weight_vD.shape[0]
+    if hidden_nD.dtype == pooled_nV.dtype:
+        head_nv = pooled_nV[:, :known]
+        torch.addmm(head_nv, hidden_nD, weight_vD.T, beta=0 if is_first else 1, alpha=scale, out=head_nv)
+    elif is_first:
+        torch.mul(torch.mm(hidden_nD, weight_vD.T), scale, out=pooled_nV[:, :known])
+    else:
+        pooled_nV[:, :known].add_(torch.mm(hidden_nD, weight_vD.T), alpha=scale)
+    if known < pooled_nV.shape[1] and (is_first or scale > 0):
+        pooled_nV[:, known:] = -torch.inf if scale > 0 else 0
+
+
+def _add_probabilities(
+    pooled_nV: Tensor, hidden_nD: Tensor, weight_vD: Tensor, share: float, temperature: float, *, is_first: bool
+) -> None:
+    """pooled += share * softmax(logits / T); classes that the teacher lacks have probability 0."""
+    logits_nv = torch.mm(hidden_nD, weight_vD.T).to(pooled_nV.dtype)
+    logits_nv = logits_nv if temperature == 1 else logits_nv.div_(temperature)
+    torch.softmax(logits_nv, 1, out=logits_nv)
+    if is_first:
+        pooled_nV.zero_()
+    pooled_nV[:, : logits_nv.shape[1]].add_(logits_nv, alpha=share)
+
+
+def _softmax_(logits_nV: Tensor) -> Target:
+    """softmax of logits, which are lost; sum P log P = sum P z - lse(z)."""
+    p_nV = torch.softmax(logits_nV, 1)
+    lse_n = lse_from_softmax(logits_nV, p_nV)
+    return Target(p_nV, row_products(p_nV, logits_nV, logits_nV) - lse_n)
 
 
 def shares_of(teachers: Sequence[Teacher], proportions: Sequence[float] | None) -> list[float]:

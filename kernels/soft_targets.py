@@ -29,7 +29,10 @@ class Target(NamedTuple):
 
 
 TargetOf = Callable[[slice, Tensor], Target]
-"""The target of the rows `slice`, given log q_T of them, [n, V], which it must not change."""
+"""The target of the rows `slice`, given the student's z / T of them, [n, V], which it must not change."""
+
+SCRATCH_PARTS = 2
+"""A block is so many times smaller than one that has a scratch for itself: logits of student and teachers, P."""
 
 
 class TaughtLosses(NamedTuple):
@@ -83,15 +86,17 @@ class _Taught(torch.autograd.Function):
         kl_N, nll_N, lse_N = (hidden_ND.new_zeros(num_rows, dtype=row_dtype) for _ in range(3))
         gradient_NV = hidden_ND.new_empty(num_rows if needs_weight else 0, vocabulary)
         unit_dhidden_ND = torch.empty_like(hidden_ND) if needs_hidden else hidden_ND.new_empty(0)
-        block = rows_per_scratch(vocabulary, row_dtype, hidden_ND.device)
+        block = max(rows_per_scratch(vocabulary, row_dtype, hidden_ND.device) // SCRATCH_PARTS, 32)
         for first in range(0, num_rows, block):
             span = slice(first, min(first + block, num_rows))
             student_nD = hidden_ND[span].masked_fill(~counted_N[span, None], 0)
             logits_nV = torch.mm(student_nD, weight_VD.T).to(row_dtype)
-            labels_n = None if labels_N is None else labels_N[span].where(counted_N[span], 0)[:, None]
-            kl_N[span], nll_N[span], lse_N[span] = _rows(logits_nV, span, target_of, labels_n, scales)
-            block_nV = logits_nV.to(hidden_ND.dtype)  # which `_rows` made the gradient
-            if needs_weight:
+            labels_n1 = None if labels_N is None else labels_N[span].where(counted_N[span], 0)[:, None]
+            direct = needs_weight and row_dtype == hidden_ND.dtype
+            out_nV = gradient_NV[span] if direct else torch.empty_like(logits_nV)
+            kl_N[span], nll_N[span], lse_N[span] = _rows(logits_nV, span, target_of, labels_n1, scales, out_nV)
+            block_nV = out_nV.to(hidden_ND.dtype)
+            if needs_weight and not direct:
                 gradient_NV[span] = block_nV
             if needs_hidden:
                 torch.mm(block_nV, weight_VD, out=unit_dhidden_ND[span])
@@ -119,34 +124,46 @@ class _Taught(torch.autograd.Function):
 
 
 def _rows(
-    logits_nV: Tensor, span: slice, target_of: TargetOf, labels_n1: Tensor | None, scales: Scales
+    logits_nV: Tensor, span: slice, target_of: TargetOf, labels_n1: Tensor | None, scales: Scales, out_nV: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """KL, nll and lse of a block, [n] each; `logits_nV` becomes the gradient of the loss with respect to itself."""
+    """KL, nll and lse of a block, [n] each; `out_nV` becomes the gradient of the loss with respect to its logits."""
     ce, kl, temperature = scales
-    lse_n = torch.logsumexp(logits_nV, 1)
+    scores_nV = logits_nV if temperature == 1 else logits_nV / temperature
+    target = target_of(span, scores_nV)
+    expected_n = row_products(target.probability_nV, scores_nV, out_nV)
+    torch.softmax(scores_nV, 1, out=out_nV)
+    scores_lse_n = lse_from_softmax(scores_nV, out_nV)
+    # sum P log q = sum P s - lse(s), since P sums to 1
+    kl_n = target.negative_entropy_n - expected_n + scores_lse_n
+    lse_n = scores_lse_n
+    if temperature != 1:
+        plain_nV = torch.softmax(logits_nV, 1)
+        lse_n = lse_from_softmax(logits_nV, plain_nV)
+        out_nV.mul_(kl / temperature).add_(plain_nV, alpha=ce)
+    elif ce + kl != 1:
+        out_nV.mul_(ce + kl)
     nll_n = torch.zeros_like(lse_n) if labels_n1 is None else lse_n - logits_nV.gather(1, labels_n1)[:, 0]
-    if temperature == 1:
-        log_q_nV = logits_nV.sub_(lse_n[:, None])
-        gradient_nV = None
-    else:
-        log_q_nV = torch.log_softmax(logits_nV / temperature, 1)
-        gradient_nV = logits_nV.sub_(lse_n[:, None]).exp_().mul_(ce)
-    target = target_of(span, log_q_nV)
-    kl_n = target.negative_entropy_n - _expected(target.probability_nV, log_q_nV)
-    q_nV = log_q_nV.exp_()
-    if gradient_nV is None:
-        gradient_nV = q_nV.mul_(ce + kl) if ce + kl != 1 else q_nV
-    else:
-        gradient_nV.add_(q_nV, alpha=kl / temperature)
-    gradient_nV.sub_(target.probability_nV, alpha=kl / temperature)
+    out_nV.sub_(target.probability_nV, alpha=kl / temperature)
     if labels_n1 is not None and ce:
-        gradient_nV.scatter_add_(1, labels_n1, gradient_nV.new_full(labels_n1.shape, -ce))
+        out_nV.scatter_add_(1, labels_n1, out_nV.new_full(labels_n1.shape, -ce))
     return kl_n, nll_n, lse_n
 
 
-def _expected(probability_nV: Tensor, log_q_nV: Tensor) -> Tensor:
-    """sum_v P_v log q_v, [n]; 0 where P is 0, also where q is 0."""
-    expected_n: Tensor = torch.linalg.vecdot(probability_nV, log_q_nV)
+def lse_from_softmax(scores_nV: Tensor, softmax_nV: Tensor) -> Tensor:
+    """log-sum-exp of rows whose softmax is known, [n], without an exp of all again.
+
+    Any class will do as long as its probability is not 0, and none does as well as the likeliest; the first is read at
+    no cost.
+    """
+    first_n = softmax_nV[:, 0]
+    if bool((first_n > torch.finfo(first_n.dtype).tiny).all()):
+        return scores_nV[:, 0] - first_n.log()
+    return scores_nV.amax(1) - softmax_nV.amax(1).log()
+
+
+def row_products(probability_nV: Tensor, scores_nV: Tensor, scratch_nV: Tensor) -> Tensor:
+    """sum_v P_v s_v, [n], with the terms in `scratch_nV`; 0 where P is 0, also where s is infinite."""
+    expected_n = torch.mul(probability_nV, scores_nV, out=scratch_nV).sum(1)
     if bool(torch.isfinite(expected_n).all()):
         return expected_n
-    return torch.where(probability_nV > 0, probability_nV * log_q_nV, 0).sum(1)
+    return scratch_nV.masked_fill_(probability_nV == 0, 0).sum(1)
