@@ -66,6 +66,7 @@ bench-data: install  ## rows into a rank beside other loaders; gather, plan, jou
 
 bench-kernels: install  ## loss kernels beside plain torch
 	$(BIN)/python -m mixwright.kernels.bench
+	$(BIN)/python -m mixwright.kernels.bench_distillation
 	$(BIN)/python -m tests.benchmarks.bench_head
 
 clean:  ## remove the virtual environment and caches; runs are kept
