@@ -153,8 +153,14 @@ def time_shape(shape: Shape, device: str, rounds: int, only: str) -> dict[str, l
 
     `only`: part of the names of those to measure beside the yardsticks.
     """
-    arguments = inputs(shape, device)
     table = {name: run for name, run in providers(device).items() if name in YARDSTICKS or only in name}
+    return interleaved(table, inputs(shape, device), rounds)
+
+
+def interleaved(
+    table: dict[str, Provider], arguments: tuple[Tensor, Tensor, Tensor], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds per round of the providers, in turn within each round; the first round warms up and is dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in table}
     for round_index in range(rounds + 1):
         for name, provider in table.items():

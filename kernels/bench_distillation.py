@@ -14,14 +14,14 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixwright.kernels.bench import Shape, inputs, resident_kib, run_once, three_matmuls
+from mixwright.kernels.bench import Provider, Shape, inputs, interleaved, resident_kib, run_once, three_matmuls
 from mixwright.kernels.distillation import TopK, linear_distillation
 from mixwright.kernels.ensemble_kl import Teacher
 from mixwright.kernels.linear_nll import linear_nll
@@ -31,8 +31,6 @@ SHARE = 0.9
 TOP = 64
 SLACK = 1.15
 PLAIN = "plain head (linear_nll)"
-
-Provider = Callable[[Tensor, Tensor, Tensor], None]
 
 
 def teachers_of(shape: Shape, device: str, count: int) -> list[Teacher]:
@@ -103,16 +101,8 @@ def limit_of(name: str) -> float | None:
 
 
 def measure(shape: Shape, device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every provider by round; the first round warms up and is dropped."""
-    arguments = inputs(shape, device)
-    made = {name: make(name, shape, device) for name in names()}
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for round_index in range(rounds + 1):
-        for name, provider in made.items():
-            elapsed_s = run_once(provider, arguments)
-            if round_index:
-                seconds[name].append(elapsed_s)
-    return seconds
+    """Seconds of every provider by round."""
+    return interleaved({name: make(name, shape, device) for name in names()}, inputs(shape, device), rounds)
 
 
 def peak_bytes(name: str, shape: Shape, device: str) -> int:

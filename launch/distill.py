@@ -1,4 +1,4 @@
-"""Distil teachers into a student: `python launch/distill.py --config configs/distill.yaml [key.sub=value ...]`.
+"""Distil teachers into a student: `python launch/distill.py --config configs/ensemble/distill.yaml [key=value ...]`.
 
 Starts like launch/pretrain.py: with plain python, `deepspeed`, `accelerate launch` or `torchrun`. What comes before the
 first step (temperature, samples, cache) is made by one process: by this command where it is the only rank, else by
@@ -10,27 +10,17 @@ interrupted and resumable (run the same command again).
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixwright.data_mixing.errors import ConfigError, MixingError
+from mixwright.data_mixing.errors import ConfigError
 from mixwright.launch.console import RunConsole
 from mixwright.launch.distill_commands import STUDENT, prepare_from
-from mixwright.launch.ending import rank_failed
+from mixwright.launch.rank_command import run_rank
 from mixwright.pretrain.config import PretrainConfig, load_pretrain_config
 from mixwright.pretrain.distill.config import load_distill_config
-from mixwright.pretrain.ranks import launched_rank
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="a distillation, e.g. configs/distill.yaml")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single settings")
-    return parser.parse_args(arguments)
 
 
 def student_run(path: Path, overrides: Sequence[str], console: RunConsole) -> PretrainConfig:
@@ -45,18 +35,8 @@ def student_run(path: Path, overrides: Sequence[str], console: RunConsole) -> Pr
 
 
 def main() -> int:
-    """Run the student of this rank; every expected failure is one line on standard error."""
-    arguments = parse_arguments()
-    rank = launched_rank()
-    console = RunConsole(quiet=rank != 0)
-    try:
-        config = student_run(arguments.config, arguments.overrides, console)
-        from mixwright.pretrain.job import run_job
-
-        return run_job(config, console)
-    except MixingError as error:
-        console.close()
-        return rank_failed(error, rank)
+    """Run the student of this rank; returns the exit code."""
+    return run_rank(str(__doc__), "configs/ensemble/distill.yaml", student_run)
 
 
 if __name__ == "__main__":

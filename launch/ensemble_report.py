@@ -149,7 +149,8 @@ def _verdicts(found: Findings) -> list[str]:
 def _ensemble_verdicts(found: Findings, name: str, evaluation: EnsembleEvaluation) -> list[str]:
     points = evaluation.curve(fitted=False)
     steps = [point.step for point in points[1:]]
-    exponent, error = found.laws[name].law.exponent, found.predictions[name].error
+    exponent, prediction = found.laws[name].law.exponent, found.predictions[name]
+    error, last = prediction.error, prediction.k
     losses_S = evaluation.plain_SR.mean(axis=1)
     singles = {subset[0]: losses_S[number] for number, subset in enumerate(evaluation.subsets) if len(subset) == 1}
     never = all(
@@ -159,7 +160,9 @@ def _ensemble_verdicts(found: Findings, name: str, evaluation: EnsembleEvaluatio
     return [
         _says(min(steps) > 0, f"members by {name}: loss falls with every member, by {_list(steps)} nats"),
         _says(0.7 <= exponent <= 1.3, f"members by {name}: exponent {exponent:.2f} in 0.7 to 1.3"),
-        _says(abs(error) <= 0.02, f"members by {name}: K <= 4 predict K = 5 within 0.02 nats, {error:+.4f}"),
+        _says(
+            abs(error) <= 0.02, f"members by {name}: K <= {last - 1} predict K = {last} within 0.02 nats, {error:+.4f}"
+        ),
         _says(never, f"members by {name}: no subset loses more than its members do in the mean"),
     ]
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import nearest
 from mixwright.data_mixing.held_out import HeldOut
+from mixwright.data_mixing.manifest import Split
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.data_mixing.store import TokenStore
 from mixwright.kernels.ensemble_kl import Pooling
@@ -139,11 +140,8 @@ def evaluate_ensemble(
     """
     check_together(members)
     genesis = _genesis(members[0], store, domains)
-    calibration = HeldOut.read(store, genesis, "validation", calibration_rows_per_domain)
-    rows = HeldOut.read(store, genesis, "test", rows_per_domain)
-    for split, held_out in (("validation", calibration), ("test", rows)):
-        if not len(held_out.tokens_nS):
-            raise EnsembleError(f"{store.folder}: no rows in the {split} split of {', '.join(domains) or 'any domain'}")
+    calibration = _held_out(store, genesis, "validation", calibration_rows_per_domain)
+    rows = _held_out(store, genesis, "test", rows_per_domain)
     subsets = choose_subsets(len(members), max_subsets, seed)
     inverse_S = fit_inverse_temperatures(
         spool(members, calibration.tokens_nS, folder), _labels(calibration), subsets, pooling
@@ -171,9 +169,7 @@ def fit_temperature(
 ) -> float:
     """The temperature of all members together that is best on rows of the validation split."""
     check_together(members)
-    rows = HeldOut.read(store, _genesis(members[0], store, ()), "validation", rows_per_domain)
-    if not len(rows.tokens_nS):
-        raise EnsembleError(f"{store.folder}: no validation rows to fit a temperature on; give teacher_temperature")
+    rows = _held_out(store, _genesis(members[0], store, ()), "validation", rows_per_domain)
     everyone = [tuple(range(len(members)))]
     inverse_S = fit_inverse_temperatures(spool(members, rows.tokens_nS, folder), _labels(rows), everyone, pooling)
     return float(1 / inverse_S[0])
@@ -181,9 +177,7 @@ def fit_temperature(
 
 def validation_loss(like: Member, store: TokenStore, rows_per_domain: int) -> Callable[[LanguageModel], float]:
     """Loss of a model with the tokenizer of `like` on rows of the validation split, nats per token."""
-    rows = HeldOut.read(store, _genesis(like, store, ()), "validation", rows_per_domain)
-    if not len(rows.tokens_nS):
-        raise EnsembleError(f"{store.folder}: no validation rows to compare models on")
+    rows = _held_out(store, _genesis(like, store, ()), "validation", rows_per_domain)
 
     @torch.no_grad()
     def score(model: LanguageModel) -> float:
@@ -269,6 +263,14 @@ def _genesis(member: Member, store: TokenStore, names: Sequence[str]) -> Genesis
         store_fingerprint=store.fingerprint,
         domains=tuple(catalogue[name] for name in names) or tuple(catalogue.values()),
     )
+
+
+def _held_out(store: TokenStore, genesis: Genesis, split: Split, rows_per_domain: int) -> HeldOut:
+    rows = HeldOut.read(store, genesis, split, rows_per_domain)
+    if not len(rows.tokens_nS):
+        names = ", ".join(domain.name for domain in genesis.domains)
+        raise EnsembleError(f"{store.folder}: no rows in the {split} split of {names}")
+    return rows
 
 
 def _losses(

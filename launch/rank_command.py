@@ -1,0 +1,52 @@
+"""What the scripts that launchers start on every rank have in common: arguments, the run, how a rank ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mixwright.data_mixing.errors import MixingError
+from mixwright.launch.console import RunConsole
+from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.ranks import launched_rank
+
+LEADER_SPEAKS_S = 2.0
+"""Launchers end all ranks once one has ended: the others give the leader so long to say why."""
+
+SAME_ON_ALL_RANKS = (2, 3)
+"""Exit codes of errors in configuration and data, which every rank meets."""
+
+RunOf = Callable[[Path, Sequence[str], RunConsole], PretrainConfig]
+"""The run to train, from the path and overrides of the command line."""
+
+
+def parse_arguments(description: str, example: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """`--config FILE [key.sub=value ...]`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help=f"e.g. {example}")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single settings")
+    return parser.parse_args(arguments)
+
+
+def run_rank(description: str, example: str, run_of: RunOf) -> int:
+    """Run the job of this rank; every expected failure is one line on standard error. Returns the exit code."""
+    arguments = parse_arguments(description, example)
+    rank = launched_rank()
+    console = RunConsole(quiet=rank != 0)
+    try:
+        config = run_of(arguments.config, arguments.overrides, console)
+        # Imported late: torch, transformers and deepspeed take seconds, a misspelt key should not.
+        from mixwright.pretrain.job import run_job
+
+        return run_job(config, console)
+    except MixingError as error:
+        console.close()
+        if rank == 0 or error.exit_code not in SAME_ON_ALL_RANKS:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(LEADER_SPEAKS_S)
+        return error.exit_code
