@@ -60,7 +60,8 @@ class StudentsConfig(StrictModel):
 class EnsembleStudyConfig(StrictModel):
     """The study, whole. `num_teachers` members teach, all `num_members` are evaluated.
 
-    `fallback_corpora` is text that every installation has, for where `corpora` is absent.
+    `fallback_corpora` is text that every installation has, for where `corpora` is absent. `width_key` is the key of
+    model.config that `--widths` changes.
     """
 
     ensemble: Path
@@ -72,6 +73,7 @@ class EnsembleStudyConfig(StrictModel):
     standard: StandardConfig
     students: StudentsConfig
     default_arms: tuple[str, ...] = ()
+    width_key: str = "n_embd"
 
 
 @dataclass
@@ -105,6 +107,20 @@ class EnsembleStudy:
     @property
     def folder(self) -> Path:
         return self.ensemble.folder
+
+    def at_width(self, width: int) -> EnsembleStudy:
+        """The study of a model of another width, in a folder of its own. Raises ConfigError."""
+        key, settings = self.config.width_key, self.base.model.config or {}
+        if key not in settings:
+            raise ConfigError(f"width_key: the run's model.config has no {key!r}{nearest(key, settings)}")
+        model = self.base.model.model_copy(update={"config": {**settings, key: width}})
+        ensemble = self.ensemble.model_copy(update={"folder": self.folder / f"width-{width}"})
+        return EnsembleStudy(self.config, ensemble, self.base.model_copy(update={"model": model}), self._say)
+
+    def perform_ensemble(self, perform: Perform) -> None:
+        """Tuning and members, without what they are compared with."""
+        self.tune(perform)
+        self.train_members(perform)
 
     def all_runs(self) -> list[RunResult]:
         """Every run that is part of what was found, once."""

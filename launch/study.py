@@ -105,7 +105,8 @@ def weighting(
 @app.command()
 def ensemble(
     config: Annotated[Path, typer.Option(help="the study")] = ENSEMBLE_CONFIG,
-    arms: Annotated[str, typer.Option(help="students, separated by commas (default: all)")] = "",
+    arms: Annotated[str, typer.Option(help="students, separated by commas (default: default_arms)")] = "",
+    widths: Annotated[str, typer.Option(help="ensembles of models of these widths too, separated by commas")] = "",
     budget_minutes: Annotated[float | None, typer.Option(min=0, help="begin no run after so long")] = None,
     workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: one by one")] = 2,
     address: Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")] = None,
@@ -119,21 +120,37 @@ def ensemble(
     from mixwright.launch.ensemble_report import show, write_evidence
     from mixwright.launch.ensemble_runs import performer
     from mixwright.launch.ensemble_study import load_ensemble_study
+    from mixwright.launch.ensemble_widths import write_widths
     from mixwright.launch.ray_tasks import OutOfTime
     from mixwright.launch.training_runs import run_map
 
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     study = load_ensemble_study(config, typer.echo)
     chosen = study.choose(_names(arms))
+    wider = [study.at_width(_whole(width)) for width in _names(widths)]
     try:
         with run_map(workers, study.ensemble.resources, address) as map_:
-            study.perform(performer(map_, study.ensemble, typer.echo, deadline), chosen)
+            perform = performer(map_, study.ensemble, typer.echo, deadline)
+            study.perform(perform, chosen)
+            for one in wider:
+                one.perform_ensemble(perform)
     except OutOfTime as error:
         typer.echo(f"{error}; what follows is what there is", err=True)
     findings = find(study)
     show(findings)
-    for path in write_evidence(findings, evidence):
+    written = [*write_evidence(findings, evidence)]
+    if wider:
+        written += write_widths([findings, *map(find, wider)], evidence)
+    for path in written:
         typer.echo(f"written: {path}")
+
+
+def _whole(text: str) -> int:
+    from mixwright.data_mixing.errors import ConfigError
+
+    if not text.isdigit() or not int(text):
+        raise ConfigError(f"--widths {text!r}: expected whole numbers, separated by commas")
+    return int(text)
 
 
 def _names(text: str) -> list[str]:

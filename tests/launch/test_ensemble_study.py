@@ -19,6 +19,7 @@ from mixwright.data_mixing.store import TokenStore
 from mixwright.launch.ensemble_findings import Findings, find
 from mixwright.launch.ensemble_report import write_evidence
 from mixwright.launch.ensemble_study import EnsembleStudy, EnsembleStudyConfig
+from mixwright.launch.ensemble_widths import write_widths
 from mixwright.launch.training_runs import RunResult
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.ensemble.config import load_ensemble_config
@@ -27,7 +28,7 @@ from tests.pretrain.tiny import tiny_tree
 
 STUDY: dict[str, Any] = {
     "ensemble": "ensemble.yaml", "corpora": "unused.yaml", "fallback_corpora": "unused.yaml", "seeds": [1, 2],
-    "num_members": 4, "num_teachers": 2,
+    "num_members": 4, "num_teachers": 2, "width_key": "hidden_size",
     "standard": {"lr": 3e-3, "weight_decay": 0.1, "epochs": [0.1, 0.2]},
     "students": {
         "real_epochs": 0.1, "lr": 3e-3, "share": 0.5, "num_rows": 8, "logits": {"share": 0.9, "top_k": 4},
@@ -54,7 +55,8 @@ class InProcess:
         folder = run.run_dir / "export"
         steps = 2 + round(8 * run.optimizer.weight_decay)
         if not folder.exists():
-            write_member(folder, self._store, run.run.seed, num_steps=steps)
+            size = {key: value for key, value in (run.model.config or {}).items() if key == "hidden_size"}
+            write_member(folder, self._store, run.run.seed, num_steps=steps, **size)
         return RunResult(folder=run.run_dir, validation=5 - run.optimizer.weight_decay, test=math.nan, seconds=1.0)
 
 
@@ -148,3 +150,18 @@ def test_the_page_holds_every_model_every_size_and_every_verdict(findings: Findi
 def test_unknown_students_are_refused_with_the_nearest(performed: tuple[EnsembleStudy, InProcess]) -> None:
     with pytest.raises(ConfigError, match="no students 'bth'; did you mean 'both'"):
         performed[0].choose(["bth"])
+
+
+def test_other_widths_are_tuned_for_themselves_and_end_in_a_law_over_parameters(
+    performed: tuple[EnsembleStudy, InProcess], findings: Findings, tmp_path: Path
+) -> None:
+    study, perform = performed
+    wider = [study.at_width(width) for width in (16, 64)]
+    assert [one.base.model.config["hidden_size"] for one in wider if one.base.model.config] == [16, 64]
+    assert len({one.folder for one in (study, *wider)}) == 3
+    for one in wider:
+        one.perform_ensemble(perform)
+    page, picture = write_widths([findings, *map(find, wider)], tmp_path)
+    assert page.read_text().count("(K = 4)") == 3
+    assert "E over parameters N" not in page.read_text() or "too few to trust" in page.read_text()
+    assert picture.stat().st_size > 20_000
