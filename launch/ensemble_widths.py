@@ -28,9 +28,10 @@ def write_widths(found: Sequence[Findings], folder: Path) -> tuple[Path, Path]:
     ]
     if scaling.over_parameters is not None:
         law = scaling.over_parameters
+        doubt = ", too few to trust the exponent" if law.is_thin else ""
         parts.append(
-            f"E over parameters N: {law.floor:.4f} + {law.scale:.4g} / N^{law.exponent:.2f} ({law.num_points} widths, "
-            f"{'too few to trust the exponent; ' if law.is_thin else ''}for infinitely many, extrapolated: {law.floor:.4f})."
+            f"E over parameters N: {law.floor:.4f} + {law.scale:.4g} / N^{law.exponent:.2f} ({law.num_points} widths"
+            f"{doubt}); for infinitely many, extrapolated: {law.floor:.4f}."
         )
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page, picture
