@@ -13,7 +13,7 @@ from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.launch.ray_tasks import TaskMap
-from mixwright.launch.training_runs import Launch, RunResult, find_result
+from mixwright.launch.training_runs import Launch, RunResult, find_result, with_absolute_paths
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.ensemble.config import EnsembleConfig, Recipe, Runs
 from mixwright.pretrain.ensemble.tune import Point, Tuning, descend, time_scale_of
@@ -64,6 +64,7 @@ def performer(
 
     def perform(runs: Sequence[PretrainConfig]) -> list[RunResult]:
         began = time.monotonic()
+        runs = [with_absolute_paths(run) for run in runs]
         found = {run.run_dir: result for run in runs if (result := find_result(run)) is not None}
         waiting = {run.run_dir: Launch(run, config.resources) for run in runs if run.run_dir not in found}
         for done, (launch, result) in enumerate(map_(list(waiting.values()), deadline), start=1):

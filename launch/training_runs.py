@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from mixwright.data_mixing.config_file import StrictModel
 from mixwright.launch.ray_tasks import TaskMap, TaskOptions, task_map
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.ensemble.config import ResourcesConfig
@@ -96,6 +97,20 @@ def perform_run(launch: Launch) -> RunResult:
     if result is None:
         raise TrainingError(f"run {run_dir} did not end in {ATTEMPTS} attempts: {_last_line(run_dir / LOG)}")
     return result
+
+
+def with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
+    """The same run, for a process that may start in another folder or on another node of a shared file system."""
+    taught = config.distillation
+    changes: dict[str, StrictModel] = {
+        "run": config.run.model_copy(update={"folder": config.run.folder.resolve()}),
+        "data": config.data.model_copy(update={"store": config.data.store.resolve()}),
+    }
+    if taught is not None:
+        teachers = tuple(path.resolve() for path in taught.teachers)
+        cache = None if taught.cache is None else taught.cache.resolve()
+        changes["distillation"] = taught.model_copy(update={"teachers": teachers, "cache": cache})
+    return config.model_copy(update=changes)
 
 
 def find_result(config: PretrainConfig) -> RunResult | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mixwright.launch.training_runs import Launch, find_result, perform_run
+from mixwright.launch.training_runs import Launch, find_result, perform_run, with_absolute_paths
 from mixwright.pretrain.ensemble.config import ResourcesConfig, Runs, load_ensemble_config
 from mixwright.pretrain.ensemble.member import Member, inspect_member
 from mixwright.pretrain.errors import TrainingError
@@ -160,6 +160,23 @@ def test_a_run_that_diverges_is_a_result_and_one_that_cannot_start_is_an_error(
     missing = tiny_config(tmp_path, tmp_path / "nowhere", run__name="missing")
     with pytest.raises(TrainingError, match=r"run .*missing ended with exit code 2: error: .*nowhere"):
         perform_run(Launch(missing, ResourcesConfig()))
+
+
+def test_runs_are_sent_with_paths_that_hold_anywhere(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    teachers = {"teachers": ["members/a", "members/b"], "cache": "cache"}
+    config = tiny_config(
+        Path("runs"), Path("store"), run__name="one", **{f"distillation__{k}": v for k, v in teachers.items()}
+    )
+    sent = with_absolute_paths(config)
+    assert sent.run_dir == tmp_path / "runs" / "one"
+    assert sent.data.store == tmp_path / "store"
+    assert sent.distillation is not None
+    assert sent.distillation.teachers == (tmp_path / "members" / "a", tmp_path / "members" / "b")
+    assert sent.distillation.cache == tmp_path / "cache"
+    assert sent.model_copy(update={k: getattr(config, k) for k in ("run", "data", "distillation")}) == config
 
 
 @pytest.mark.parametrize(
