@@ -100,6 +100,7 @@ class EnsembleStudy:
 
     def __init__(self, config: EnsembleStudyConfig, ensemble: EnsembleConfig, base: PretrainConfig, say: Say) -> None:
         self.config, self.ensemble, self.base, self._say = config, ensemble, base, say
+        self._said: set[str] = set()
         self.store = TokenStore.open(base.data.store)
         self.runs = Runs(base, self.store, ensemble.warmup_share)
         self.found = Found()
@@ -210,7 +211,13 @@ class EnsembleStudy:
             samples=self._samples(settings) if "samples" in settings.learns else None,
             logits=students.logits if "logits" in settings.learns else None,
         )
-        return prepare_student(config, base, self._say, _told(self._say))
+        return prepare_student(config, base, self._say_once, _told(self._say))
+
+    def _say_once(self, text: str) -> None:
+        """What is prepared for one seed is found again for the others."""
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
 
     def _samples(self, settings: ArmConfig) -> SamplesConfig:
         students = self.config.students

@@ -94,9 +94,9 @@ def write_cache(
                     chunk = _predict(members, rows_nS.astype(np.int64), pooling, temperature, top_k, folder / "spool")
                     _write_chunk(folder, domain.name, first // chunk_rows, chunk)
                     shutil.rmtree(folder / "spool")
+                    if progress is not None:
+                        progress(done + len(row_n), total)
                 done += len(row_n)
-                if progress is not None:
-                    progress(done, total)
     return TopKCache.open(folder, store, members=members, pooling=pooling, temperature=temperature)
 
 
