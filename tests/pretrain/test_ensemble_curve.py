@@ -110,6 +110,13 @@ def test_mean_logits_never_lose_more_than_the_mean_member_on_any_token(
         assert bool((together <= alone.mean(0) + 1e-9).all())
 
 
+@pytest.mark.parametrize(("pooling", "loss"), [("logits", 0.3137808633372582), ("arithmetic", 0.3439761111839984)])
+def test_golden_pooled_losses(pooling: Any, loss: float) -> None:
+    """Two members, three classes (spec/golden_vectors.json, ensemble)."""
+    logits = [torch.tensor(z, dtype=torch.float64) for z in ([2.0, 0.0, -1.0], [1.0, 0.5, -1.0])]
+    assert float(-torch.log_softmax(pool(logits, pooling), 0)[0]) == pytest.approx(loss, abs=1e-12)
+
+
 def test_points_of_the_curve_are_means_over_subsets_with_errors_paired_over_rows(
     evaluation: EnsembleEvaluation,
 ) -> None:

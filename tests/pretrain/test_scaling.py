@@ -43,6 +43,13 @@ def test_a_law_is_recovered_from_its_own_losses(floor: float, exponent: float) -
     assert found.residual < 1e-4
 
 
+def test_the_published_law_over_parameters_is_recovered() -> None:
+    """Golden values of 3.43 + 0.05 / N^1.02, N in billions (spec/golden_vectors.json, infinite_compute_fit)."""
+    points = {0.15: 3.77622380112287, 0.3: 3.6007286178706894, 0.6: 3.5141890732685117, 1.4: 3.465474755259827}
+    found = fit_power(list(points), list(points.values()))
+    assert (found.floor, found.scale, found.exponent) == pytest.approx((3.43, 0.05, 1.02), rel=1e-3)
+
+
 def test_the_fit_loses_no_more_than_any_law_of_a_fine_grid() -> None:
     chance = np.random.default_rng(1)
     x = np.array([1.0, 2, 3, 4, 5])
