@@ -62,8 +62,10 @@ def test_ranks_and_micro_batches_in_order_are_the_global_batch(
     parts = [read(tmp_path, store, rank, world, range(14)) for rank in range(world)]
     for step in range(14):
         pieces = [piece for part in parts for piece in micro_batches(part[step], micro_rows)]
-        np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in pieces]), whole[step].tokens_nS)
-        np.testing.assert_array_equal(np.concatenate([domains for _, domains in pieces]), whole[step].domain_n)
+        tokens_nS, domain_n, row_n = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+        np.testing.assert_array_equal(tokens_nS, whole[step].tokens_nS)
+        np.testing.assert_array_equal(domain_n, whole[step].domain_n)
+        np.testing.assert_array_equal(row_n, whole[step].row_n)
         assert sum(part[step].digest for part in parts) % (1 << 64) == whole[step].digest
 
 
