@@ -171,15 +171,17 @@ def interleaved(
 
 
 def peak_bytes(name: str, shape: Shape, device: str) -> int:
-    """Peak memory of one run beyond inputs and the matmul library's own buffers, gradients included.
-
-    CUDA's own count, or resident pages on Linux.
-    """
+    """Peak memory of one run beyond inputs and the matmul library's own buffers, gradients included."""
     arguments, provider = inputs(shape, device), providers(device)[name]
     run_once(three_matmuls, arguments)  # the library keeps its packing buffers
     run_once(provider, inputs((64, 16, 128), device))
+    return peak_bytes_of(provider, arguments)
+
+
+def peak_bytes_of(provider: Provider, arguments: tuple[Tensor, Tensor, Tensor]) -> int:
+    """Peak memory of one run beyond what is there now: CUDA's own count, or resident pages on Linux."""
     arguments[0].grad = arguments[1].grad = None
-    if device == "cuda":
+    if arguments[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run_once(provider, arguments)

@@ -15,13 +15,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixwright.kernels.bench import Provider, Shape, inputs, interleaved, resident_kib, run_once, three_matmuls
+from mixwright.kernels.bench import Provider, Shape, inputs, interleaved, peak_bytes_of, run_once, three_matmuls
 from mixwright.kernels.distillation import TopK, linear_distillation
 from mixwright.kernels.ensemble_kl import Teacher
 from mixwright.kernels.linear_nll import linear_nll
@@ -111,16 +110,7 @@ def peak_bytes(name: str, shape: Shape, device: str) -> int:
     run_once(three_matmuls, arguments)
     small = (64, 16, 128)
     run_once(make(name, small, device), inputs(small, device))
-    arguments[0].grad = arguments[1].grad = None
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_once(provider, arguments)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_kib("VmRSS")
-    run_once(provider, arguments)
-    return (resident_kib("VmHWM") - before) << 10
+    return peak_bytes_of(provider, arguments)
 
 
 def measure_peak(name: str, shape: Shape, device: str) -> float:

@@ -156,7 +156,7 @@ def lse_from_softmax(scores_nV: Tensor, softmax_nV: Tensor) -> Tensor:
     no cost.
     """
     first_n = softmax_nV[:, 0]
-    if bool((first_n > torch.finfo(first_n.dtype).tiny).all()):
+    if _all_on_cpu(first_n > torch.finfo(first_n.dtype).tiny):
         return scores_nV[:, 0] - first_n.log()
     return scores_nV.amax(1) - softmax_nV.amax(1).log()
 
@@ -164,6 +164,11 @@ def lse_from_softmax(scores_nV: Tensor, softmax_nV: Tensor) -> Tensor:
 def row_products(probability_nV: Tensor, scores_nV: Tensor, scratch_nV: Tensor) -> Tensor:
     """sum_v P_v s_v, [n], with the terms in `scratch_nV`; 0 where P is 0, also where s is infinite."""
     expected_n = torch.mul(probability_nV, scores_nV, out=scratch_nV).sum(1)
-    if bool(torch.isfinite(expected_n).all()):
+    if _all_on_cpu(torch.isfinite(expected_n)):
         return expected_n
     return scratch_nV.masked_fill_(probability_nV == 0, 0).sum(1)
+
+
+def _all_on_cpu(flag_n: Tensor) -> bool:
+    """Whether the quick way will do. On a GPU asking would make the host wait, so there the careful way is taken."""
+    return not flag_n.is_cuda and bool(flag_n.all())
