@@ -123,7 +123,8 @@ def test_without_a_controller_training_goes_on_with_the_last_mixture(store: Toke
 
 
 def test_a_controller_that_comes_late_decides_what_is_due_and_goes_on(store: TokenStore, tmp_path: Path) -> None:
-    run = LiveRun(tmp_path, store, 100, {**ODM, "guard": {"timeout_s": 0.2}})
+    busy_machine_s = 5.0  # waited in full once, at step 12; afterwards what a starved controller may take
+    run = LiveRun(tmp_path, store, 100, {**ODM, "guard": {"timeout_s": busy_machine_s}})
     run.run(0, 20)
     with ControllerThread(tmp_path):
         run.run(20)
