@@ -130,7 +130,9 @@ def test_no_cache_is_kept_without_gradients() -> None:
     with torch.no_grad():
         losses = linear_nll(problem.hidden_ND.requires_grad_(), problem.weight_VD, problem.targets_N)
     assert not losses.nll_N.requires_grad
-    assert torch.equal(losses.nll_N, problem.run(linear_nll)[0])
+    assert torch.equal(losses.nll_N, problem.run(linear_nll, engine="recompute")[0])
+    # Engine A writes its logits elsewhere: a matmul may round the last bit by where its result lies in memory.
+    assert_all_close([losses.nll_N], [problem.run(linear_nll, engine="cached")[0]], 1e-15)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
