@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from mixwright.data_mixing.entries import Checkpoint
-from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import Engine, convert_to_universal
 from mixwright.pretrain.errors import CheckpointMismatch, TrainingError
 from mixwright.pretrain.loop import Position
@@ -42,11 +41,20 @@ class Found:
     zero_stage: int
 
 
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Whose checkpoints they are, how they are sharded, and how many stay."""
+
+    run: str
+    zero_stage: int
+    keep: int
+
+
 class Checkpoints:
     """The checkpoint folder of a run."""
 
-    def __init__(self, folder: Path, config: PretrainConfig, ranks: Ranks) -> None:
-        self._folder, self._config, self._ranks = folder, config, ranks
+    def __init__(self, folder: Path, settings: CheckpointSettings, ranks: Ranks) -> None:
+        self._folder, self._settings, self._ranks = folder, settings, ranks
 
     def save(self, engine: Engine, position: Position) -> Checkpoint:
         """Write and seal a checkpoint, move `latest`, drop old ones. Collective.
@@ -109,19 +117,19 @@ class Checkpoints:
         for name in files:
             _sync(path / name)
         seal = {
-            "run": self._config.run.name,
+            "run": self._settings.run,
             "step": position.step,
             "run_digest": f"{position.run_digest:016x}",
             "weighting": dict(position.weighting),
             "num_ranks": self._ranks.size,
-            "zero_stage": self._config.training.zero_stage,
+            "zero_stage": self._settings.zero_stage,
             "files": files,
         }
         _write_atomically(path / SEAL, json.dumps(seal, indent=1))
         _write_atomically(self._folder / "latest", tag)
 
     def _drop_old(self) -> None:
-        for tag in sorted(_tags(self._folder))[: -self._config.checkpoint.keep]:
+        for tag in sorted(_tags(self._folder))[: -self._settings.keep]:
             for folder in (self._folder / tag, self._folder / f"{tag}-universal"):
                 # The seal goes first, so that a kill in between leaves nothing that looks whole.
                 (folder / SEAL).unlink(missing_ok=True)
@@ -133,10 +141,10 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _check_same_run(self, tag: str, seal: dict[str, Any]) -> None:
-        stage = self._config.training.zero_stage
-        if seal["run"] != self._config.run.name:
+        stage = self._settings.zero_stage
+        if seal["run"] != self._settings.run:
             raise CheckpointMismatch(
-                f"{self._folder / tag}: belongs to run {seal['run']!r}, not {self._config.run.name!r}"
+                f"{self._folder / tag}: belongs to run {seal['run']!r}, not {self._settings.run!r}"
             )
         if seal["zero_stage"] != stage:
             raise CheckpointMismatch(

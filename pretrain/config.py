@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -207,6 +207,16 @@ class DistillationConfig(StrictModel):
         return self
 
 
+def refuse_owned_settings(settings: dict[str, Any], owners: Mapping[str, str]) -> dict[str, Any]:
+    """`settings` for DeepSpeed; raises ValueError for a key that has its place elsewhere, saying where."""
+    for key in settings:
+        if key in owners:
+            raise ValueError(f"{key!r} is set by {owners[key]}, not here")
+    if "stage" in settings.get("zero_optimization", {}):
+        raise ValueError("'zero_optimization.stage' is set by training.zero_stage, not here")
+    return settings
+
+
 class PretrainConfig(StrictModel):
     """A pretraining run, whole. `deepspeed` holds further DeepSpeed settings, passed through as they are."""
 
@@ -227,12 +237,7 @@ class PretrainConfig(StrictModel):
     @field_validator("deepspeed")
     @classmethod
     def _not_owned(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        for key in settings:
-            if key in OWNED_DEEPSPEED_KEYS:
-                raise ValueError(f"{key!r} is set by {OWNED_DEEPSPEED_KEYS[key]}, not here")
-        if "stage" in settings.get("zero_optimization", {}):
-            raise ValueError("'zero_optimization.stage' is set by training.zero_stage, not here")
-        return settings
+        return refuse_owned_settings(settings, OWNED_DEEPSPEED_KEYS)
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> PretrainConfig:

@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from mixwright.kernels.distillation import DistillationLosses
-from mixwright.kernels.linear_nll import TokenLosses
-from mixwright.pretrain.config import PretrainConfig
+from mixwright.pretrain.config import OptimizerConfig, PretrainConfig
 from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
-from mixwright.pretrain.head import Lesson
 from mixwright.pretrain.model_options.apply import follow_updates
+from mixwright.pretrain.model_options.config import ModelOptions
 from mixwright.pretrain.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -105,25 +104,63 @@ def _exclusive(path: Path) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a stage tells the engine: `per_step` samples of any kind, of all ranks, `per_micro_batch` of one rank.
+
+    `samples` and `micro_batch` are the names of these two settings in the stage's configuration, for errors.
+    """
+
+    optimizer: OptimizerConfig
+    dtype: str
+    zero_stage: int
+    clip_norm: float
+    per_step: int
+    per_micro_batch: int
+    deepspeed: Mapping[str, Any]
+    options: ModelOptions
+    samples: str = "training.rows_per_step"
+    micro_batch: str = "training.micro_batch_rows"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether DeepSpeed neither shards nor mixes precisions."""
+        return self.zero_stage == 0 and self.dtype == "float32"
+
+
+def pretrain_settings(config: PretrainConfig) -> EngineSettings:
+    """The engine's part of a pretraining run's configuration."""
+    return EngineSettings(
+        optimizer=config.optimizer,
+        dtype=config.model.dtype,
+        zero_stage=config.training.zero_stage,
+        clip_norm=config.training.clip_norm,
+        per_step=config.training.rows_per_step,
+        per_micro_batch=config.training.micro_batch_rows,
+        deepspeed=config.deepspeed,
+        options=config.options,
+    )
+
+
 class Engine:
     """A model under DeepSpeed. Gradients are averaged over ranks and never divided by accumulation steps."""
 
-    def __init__(self, config: PretrainConfig, model: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, settings: EngineSettings, model: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
         # Plain DeepSpeed (ZeRO 0, float32) clips without telling the norm, so there we clip ourselves.
-        self._clip_norm = config.training.clip_norm if _is_plain(config) else None
+        self._clip_norm = settings.clip_norm if settings.is_plain else None
         optimizer = torch.optim.AdamW(
-            decayed_groups(model, config.optimizer.weight_decay),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
+            decayed_groups(model, settings.optimizer.weight_decay),
+            lr=settings.optimizer.lr,
+            betas=settings.optimizer.betas,
+            eps=settings.optimizer.eps,
             fused=True,
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_settings(config, ranks.size), dist_init_required=False
+            model=model, optimizer=optimizer, config=deepspeed_settings(settings, ranks.size), dist_init_required=False
         )
         follow_updates(
-            config.options, optimizer, model, self._sum_of_parts if _zero_stage(config) else lambda sums: sums
+            settings.options, optimizer, model, self._sum_of_parts if _zero_stage(settings) else lambda sums: sums
         )
 
     def _sum_of_parts(self, sums: Tensor) -> Tensor:
@@ -134,8 +171,9 @@ class Engine:
     def module(self) -> Any:
         return self._engine.module
 
-    def forward(self, tokens_BS: Tensor, lesson: Lesson | None = None) -> TokenLosses | DistillationLosses:
-        return self._engine(tokens_BS, lesson)  # type: ignore[no-any-return]
+    def forward(self, *inputs: Any) -> Any:
+        """What the model makes of one micro-batch."""
+        return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
@@ -240,49 +278,43 @@ def convert_to_universal(source: Path, target: Path) -> None:
 def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices with decay; norms, biases and other vectors without."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # adapters have no vectors, and ZeRO no empty groups
 
 
-def accumulation_steps(config: PretrainConfig, world: int) -> int:
+def accumulation_steps(settings: EngineSettings, world: int) -> int:
     """Micro-batches per rank and step; raises TrainingError when the global batch cannot be cut evenly."""
-    rows, micro = config.training.rows_per_step, config.training.micro_batch_rows
-    if rows % (world * micro):
-        fitting = [m for m in range(1, rows // world + 1) if rows % (world * m) == 0]
-        hint = (
-            f"fitting micro_batch_rows: {', '.join(map(str, fitting))}"
-            if fitting
-            else f"no micro_batch_rows fits {world} ranks"
-        )
+    whole, micro = settings.per_step, settings.per_micro_batch
+    if whole % (world * micro):
+        fitting = [m for m in range(1, whole // world + 1) if whole % (world * m) == 0]
+        short = settings.micro_batch.rpartition(".")[2]
+        hint = f"fitting {short}: {', '.join(map(str, fitting))}" if fitting else f"no {short} fits {world} ranks"
         raise TrainingError(
-            f"training.rows_per_step = {rows} is not a multiple of {world} ranks x "
-            f"training.micro_batch_rows = {micro}; {hint}"
+            f"{settings.samples} = {whole} is not a multiple of {world} ranks x {settings.micro_batch} = {micro}; "
+            f"{hint}"
         )
-    return rows // (world * micro)
+    return whole // (world * micro)
 
 
-def _bfloat16_settings(config: PretrainConfig) -> dict[str, Any]:
+def _bfloat16_settings(settings: EngineSettings) -> dict[str, Any]:
     """Mixed precision: float32 master parameters, and gradients that accumulate in float32 up to ZeRO 1."""
-    if config.model.dtype != "bfloat16":
+    if settings.dtype != "bfloat16":
         return {}
-    accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if config.training.zero_stage < 2 else {}
+    accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if settings.zero_stage < 2 else {}
     return {"bf16": {"enabled": True}, **accumulation}
 
 
-def _zero_stage(config: PretrainConfig) -> int:
+def _zero_stage(settings: EngineSettings) -> int:
     """The stage DeepSpeed is given: bfloat16 without ZeRO becomes ZeRO 1, the same arithmetic with a sharded optimizer.
 
     At stage 0 DeepSpeed 0.19.8 takes its float16 optimizer for bfloat16, and that one goes wrong from the second step
     (gradient norm 1.29 instead of 2.56 in the setting of tests/pretrain/test_engine.py).
     """
-    stage = config.training.zero_stage
-    return 1 if stage == 0 and config.model.dtype == "bfloat16" else stage
-
-
-def _is_plain(config: PretrainConfig) -> bool:
-    return config.training.zero_stage == 0 and config.model.dtype == "float32"
+    stage = settings.zero_stage
+    return 1 if stage == 0 and settings.dtype == "bfloat16" else stage
 
 
 def _finite(norm: Tensor | float) -> float:
@@ -292,21 +324,17 @@ def _finite(norm: Tensor | float) -> float:
     return value
 
 
-def deepspeed_settings(config: PretrainConfig, world: int) -> dict[str, Any]:
+def deepspeed_settings(settings: EngineSettings, world: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: ours first, then the user's `deepspeed:` section on top."""
-    training = config.training
-    settings: dict[str, Any] = {
-        "train_batch_size": training.rows_per_step,
-        "train_micro_batch_size_per_gpu": training.micro_batch_rows,
-        "gradient_accumulation_steps": accumulation_steps(config, world),
-        "gradient_clipping": 0.0 if _is_plain(config) else training.clip_norm,
+    ours: dict[str, Any] = {
+        "train_batch_size": settings.per_step,
+        "train_micro_batch_size_per_gpu": settings.per_micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(settings, world),
+        "gradient_clipping": 0.0 if settings.is_plain else settings.clip_norm,
         "steps_per_print": 1 << 62,
-        **_bfloat16_settings(config),
+        **_bfloat16_settings(settings),
         # The optimizer is torch's fused AdamW, which DeepSpeed's ZeRO does not know by name.
         "zero_allow_untested_optimizer": True,
     }
-    return {
-        **settings,
-        **config.deepspeed,
-        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": _zero_stage(config)},
-    }
+    zero = {**settings.deepspeed.get("zero_optimization", {}), "stage": _zero_stage(settings)}
+    return {**ours, **settings.deepspeed, "zero_optimization": zero}

@@ -19,10 +19,10 @@ from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.leader import Leader
 from mixwright.data_mixing.store import TokenStore
 from mixwright.data_mixing.weighting import WeightingState
-from mixwright.pretrain.checkpoint import Checkpoints, Found
+from mixwright.pretrain.checkpoint import Checkpoints, CheckpointSettings, Found
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.distill.teaching import Teaching, open_teaching
-from mixwright.pretrain.engine import Engine, start_ranks
+from mixwright.pretrain.engine import Engine, pretrain_settings, start_ranks
 from mixwright.pretrain.ensemble.member import EXPORT, ORIGIN, parameters_hash, write_origin
 from mixwright.pretrain.evaluate import evaluate
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
@@ -93,8 +93,8 @@ class Job:
         if ranks.is_leader and not (config.run_dir / ORIGIN).exists():
             write_origin(config.run_dir, parameters_hash(model))
         teaching = open_teaching(config, store, ranks.device, watcher.say)
-        engine = Engine(config, model, ranks)
-        checkpoints = Checkpoints(config.run_dir / "checkpoints", config, ranks)
+        engine = Engine(pretrain_settings(config), model, ranks)
+        checkpoints = Checkpoints(config.run_dir / "checkpoints", _kept(config), ranks)
         found = checkpoints.find(watcher.say)
         start = _load(checkpoints, engine, found, watcher) if found else Position()
         return cls(config, ranks, store, mixing, engine, checkpoints, start, watcher, teaching)
@@ -266,6 +266,10 @@ class Job:
             domain_losses={},
             policy_lsn=0,
         )
+
+
+def _kept(config: PretrainConfig) -> CheckpointSettings:
+    return CheckpointSettings(config.run.name, config.training.zero_stage, config.checkpoint.keep)
 
 
 def _load(checkpoints: Checkpoints, engine: Engine, found: Found, watcher: Watcher) -> Position:

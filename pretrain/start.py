@@ -21,7 +21,7 @@ from mixwright.data_mixing.service import ServiceProcess, start_service
 from mixwright.data_mixing.snapshot import resume
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.config import PretrainConfig
-from mixwright.pretrain.engine import accumulation_steps
+from mixwright.pretrain.engine import accumulation_steps, pretrain_settings
 from mixwright.pretrain.progress import Watcher
 from mixwright.pretrain.ranks import Ranks
 from mixwright.pretrain.rundir import journal_folder, read_history
@@ -129,7 +129,7 @@ class MixingSide:
 @contextlib.contextmanager
 def open_mixing(config: PretrainConfig, store: TokenStore, ranks: Ranks, watcher: Watcher) -> Iterator[MixingSide]:
     """Open the run's journal on all ranks; the leader also starts the controller and stops what it started."""
-    accumulation_steps(config, ranks.size)
+    accumulation_steps(pretrain_settings(config), ranks.size)
     genesis = genesis_of(config, store)
     if not ranks.is_leader:
         ranks.barrier()

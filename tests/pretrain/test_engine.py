@@ -10,7 +10,14 @@ import torch
 
 from mixwright.data_mixing.config_file import validate
 from mixwright.pretrain.config import PretrainConfig
-from mixwright.pretrain.engine import Engine, accumulation_steps, decayed_groups, deepspeed_settings, start_ranks
+from mixwright.pretrain.engine import (
+    Engine,
+    accumulation_steps,
+    decayed_groups,
+    deepspeed_settings,
+    pretrain_settings,
+    start_ranks,
+)
 from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
 from mixwright.pretrain.head import LanguageModel
 from mixwright.pretrain.model import build_model
@@ -51,7 +58,7 @@ def train_briefly(runs: list[Run]) -> list[tuple[list[float], dict[str, torch.Te
 def train_one(ranks: Ranks, run: Run) -> tuple[list[float], dict[str, torch.Tensor]]:
     stage, micro, changes = run
     config = config_for(stage, micro, **changes)
-    engine = Engine(config, fixed_model(config), ranks)
+    engine = Engine(pretrain_settings(config), fixed_model(config), ranks)
     objective = Objective(Shape(ROWS, micro, 1, config.training.z_loss, eos_id=0), ranks)
     norms = []
     for step in range(STEPS):
@@ -134,7 +141,7 @@ def test_bfloat16_training_stays_near_float64(alone: dict[str, Any], two_ranks: 
 def poison_and_step() -> tuple[str, bool]:
     config = config_for(0, ROWS)
     ranks = start_ranks(lambda text: None)
-    engine = Engine(config, fixed_model(config), ranks)
+    engine = Engine(pretrain_settings(config), fixed_model(config), ranks)
     before = {name: parameter.clone() for name, parameter in engine.full_parameters().items()}
     losses = engine.forward(tokens_of(0))
     engine.backward(losses.nll_N.sum() * float("nan"))
@@ -157,13 +164,13 @@ def test_a_batch_that_cannot_be_cut_evenly_names_sizes_that_fit() -> None:
         TrainingError,
         match=r"8 is not a multiple of 2 ranks x training.micro_batch_rows = 3; fitting micro_batch_rows: 1, 2, 4",
     ):
-        accumulation_steps(config, 2)
+        accumulation_steps(pretrain_settings(config), 2)
 
 
 def test_the_users_deepspeed_section_reaches_deepspeed() -> None:
     tree = tiny_tree(Path("runs"), Path("store"), training__zero_stage=2)
     tree["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
-    settings = deepspeed_settings(validate(PretrainConfig, tree, "x"), 1)
+    settings = deepspeed_settings(pretrain_settings(validate(PretrainConfig, tree, "x")), 1)
     assert settings["zero_optimization"] == {"reduce_bucket_size": 1000, "stage": 2}
     assert settings["wall_clock_breakdown"] is True
 

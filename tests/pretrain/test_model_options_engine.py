@@ -10,7 +10,7 @@ import torch
 
 from mixwright.data_mixing.config_file import validate
 from mixwright.pretrain.config import PretrainConfig
-from mixwright.pretrain.engine import Engine, decayed_groups, start_ranks
+from mixwright.pretrain.engine import Engine, decayed_groups, pretrain_settings, start_ranks
 from mixwright.pretrain.head import LanguageModel
 from mixwright.pretrain.model import build_model
 from mixwright.pretrain.model_options.apply import begin_step, follow_updates
@@ -73,7 +73,7 @@ def train_each(runs: list[Run]) -> list[dict[str, torch.Tensor]]:
 def train_one(ranks: Ranks, run: Run) -> dict[str, torch.Tensor]:
     """Full parameters after three steps."""
     config = config_for(run)
-    engine = Engine(config, model_for(config), ranks)
+    engine = Engine(pretrain_settings(config), model_for(config), ranks)
     objective = Objective(Shape(ROWS, config.training.micro_batch_rows, 1, 0.0, eos_id=0), ranks)
     engine.train()
     for step in range(STEPS):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixwright.data_mixing.loss_weighting import LossWeighting
-from mixwright.pretrain.engine import Engine, decayed_groups, start_ranks
+from mixwright.pretrain.engine import Engine, decayed_groups, pretrain_settings, start_ranks
 from mixwright.pretrain.objective import InForce, Objective, Shape
 from mixwright.pretrain.ranks import Ranks
 from tests.pretrain.test_engine import ROWS, STEPS, config_for, fixed_model, tokens_of
@@ -41,7 +41,7 @@ def train_one(ranks: Ranks, run: Run) -> tuple[list[float], dict[str, Tensor]]:
     stage, micro, keys = run
     dtype = keys.get("dtype", "float32")
     config = config_for(stage, micro, model__dtype=dtype, training__clip_norm=CLIP_NORM)
-    engine = Engine(config, fixed_model(config), ranks)
+    engine = Engine(pretrain_settings(config), fixed_model(config), ranks)
     weighting = LossWeighting(**{key: value for key, value in keys.items() if key != "dtype"})
     objective = Objective(Shape(ROWS, micro, 2, Z_LOSS, eos_id=EOS), ranks)
     return [one_step(engine, objective, weighting, step, micro) for step in range(STEPS)], engine.full_parameters()
