@@ -118,7 +118,7 @@ class MixingController:
         return {"entries": [entry_record(entry) for entry in entries[:MAX_HISTORY_ENTRIES]]}
 
     def ping(self) -> Answer:
-        """Who answers, how far it has read, and whether the run is over."""
+        """Who answers, how far it has read, whether the run is over, how long its newest append took."""
         self._catch_up()
         return {
             "holder": self._holder,
@@ -126,6 +126,7 @@ class MixingController:
             "pid": os.getpid(),
             "lsn": self._history.last_lsn,
             "is_over": self._history.end is not None,
+            "append_seconds": self._journal.append_seconds,
         }
 
     def _journal_policy(self, document: Any, request_id: str) -> Entry:

@@ -7,7 +7,6 @@ one refuses every verb and ends its actor.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mixwright.data_mixing.answers import Answer, failure, one_line, unpack
 from mixwright.data_mixing.control import MixingController
 from mixwright.data_mixing.errors import JournalConflict, MixingError, PolicyRejected, ServiceUnavailable
-from mixwright.data_mixing.service import TOKEN_REMEDY
+from mixwright.data_mixing.service import TOKEN_REMEDY, check_listening
 
 logger = logging.getLogger(__name__)
 
@@ -151,17 +150,6 @@ def check_reachable(address: str, timeout_s: float) -> None:
         raise ServiceUnavailable(f"the Ray cluster at {address} refuses our token: {TOKEN_REMEDY}") from None
     except ray.exceptions.RayError as error:
         raise ServiceUnavailable(f"the Ray cluster at {address} does not answer: {one_line(error)}") from None
-
-
-def check_listening(address: str, timeout_s: float) -> None:
-    """Raise ServiceUnavailable unless something listens at `address`."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        raise ServiceUnavailable(f"Ray address {address!r}: expected HOST:PORT, e.g. 10.0.0.5:6379, or auto")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
-    except (OSError, OverflowError) as error:
-        raise ServiceUnavailable(f"no Ray at {address}: {one_line(error)}") from None
 
 
 def actor_name(run: str) -> str:

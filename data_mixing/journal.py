@@ -43,6 +43,7 @@ class Journal:
 
     `after` is the history that the caller knows already (from a snapshot); `poll` then begins behind it. Safe to use
     from threads. Every method raises JournalError, naming the file, when the journal cannot be read or written.
+    `append_seconds`: what it took until the newest entry of this writer was on disk; None before the first.
     """
 
     def __init__(self, folder: Path, writer: str, *, after: RunHistory | None = None) -> None:
@@ -53,6 +54,7 @@ class Journal:
         self._newest_leases: dict[str, Lease] = {} if after is None else dict(after.leases)
         self._held: dict[str, Lease] = {}
         self._unread: list[Entry] = []
+        self.append_seconds: float | None = None
         self._lock = threading.RLock()
         if folder.is_dir():
             self._sweep()
@@ -124,6 +126,7 @@ class Journal:
         """Write the entry as the next one and read it back; None when another writer was faster."""
         entry, raw = sealed(self._next_lsn, body, self.writer, round(time.time(), 6), self._last_hash)
         path = entry_path(self.folder, entry.lsn)
+        began = time.perf_counter()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             created = _create(path, raw)
@@ -131,6 +134,7 @@ class Journal:
             raise JournalError(f"{path}: entry cannot be written: {error.strerror}") from None
         if not created:
             return None
+        self.append_seconds = time.perf_counter() - began
         self._read_new()
         return next(own for own in self._unread if own.lsn == entry.lsn)
 

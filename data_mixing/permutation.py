@@ -10,6 +10,8 @@ All arithmetic is on unsigned 64-bit integers modulo 2**64. `plan_version` 1 fix
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -65,12 +67,26 @@ def permute(index_n: ArrayLike, size: ArrayLike, key: ArrayLike) -> NDArray[np.i
         worst = int(np.argmax(outside_n))
         raise ValueError(f"index {index_n[worst]} is outside range({np.broadcast_to(size_n, index_n.shape)[worst]})")
     limit_n, key_n = size_n.astype(np.uint64), np.atleast_1d(np.asarray(key, np.uint64))
-    image_n = _feistel(index_n.astype(np.uint64), limit_n, key_n)
-    # Cycle walking: an image beyond the size is mapped again; fewer than 2 evaluations are expected for each index.
+    return _walk(_feistel, index_n.astype(np.uint64), limit_n, key_n)
+
+
+def unpermute(image: int, size: int, key: int) -> int:
+    """The index whose image `permute(index, size, key)` is."""
+    if not 0 <= image < size:
+        raise ValueError(f"image {image} is outside range({size})")
+    image_1, limit_1, key_1 = (np.array([value], dtype=np.uint64) for value in (image, size, key))
+    return int(_walk(_feistel_back, image_1, limit_1, key_1)[0])
+
+
+def _walk(
+    mapping: Callable[[UInt64s, UInt64s, UInt64s], UInt64s], x_n: UInt64s, limit_n: UInt64s, key_n: UInt64s
+) -> NDArray[np.int64]:
+    """Cycle walking: an image beyond the size is mapped again; fewer than 2 evaluations are expected for each index."""
+    image_n = mapping(x_n, limit_n, key_n)
     walking = np.flatnonzero(image_n >= limit_n)
     while walking.size:
         limit_w = _pick(limit_n, walking)
-        image_w = _feistel(image_n[walking], limit_w, _pick(key_n, walking))
+        image_w = mapping(image_n[walking], limit_w, _pick(key_n, walking))
         image_n[walking] = image_w
         walking = walking[image_w >= limit_w]
     return image_n.astype(np.int64)
@@ -88,6 +104,16 @@ def _feistel(x_n: UInt64s, limit_n: UInt64s, key_n: UInt64s) -> UInt64s:
         halves = _rounds(low_n[small], high_n[small], _pick(bits_n, small), _pick(key_n, small), more)
         low_n[small], high_n[small] = halves
     return (high_n << low_bits_n) | low_n
+
+
+def _feistel_back(x_1: UInt64s, limit_1: UInt64s, key_1: UInt64s) -> UInt64s:
+    """The inverse, one number at a time: each round undoes itself, so they come in reverse order."""
+    bits_1 = np.searchsorted(_POWERS_OF_TWO, limit_1).astype(np.uint64)
+    low_bits_1 = bits_1 >> _ONE
+    num_rounds = NUM_ROUNDS_SMALL if bits_1[0] <= SMALL_BITS else NUM_ROUNDS
+    low_1, high_1 = x_1 & ((_ONE << low_bits_1) - _ONE), x_1 >> low_bits_1
+    low_1, high_1 = _rounds(low_1, high_1, bits_1, key_1, range(num_rounds - 1, -1, -1))
+    return (high_1 << low_bits_1) | low_1
 
 
 def _rounds(low_n: UInt64s, high_n: UInt64s, bits_n: UInt64s, key_n: UInt64s, rounds: range) -> tuple[UInt64s, UInt64s]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mixwright.data_mixing.entries import PROPORTION_TOTAL, Genesis, Mark
 from mixwright.data_mixing.errors import DomainExhausted
 from mixwright.data_mixing.loss_weighting import LossWeighting
-from mixwright.data_mixing.permutation import fold_key, mix_key, permute, splitmix64
+from mixwright.data_mixing.permutation import fold_key, mix_key, permute, splitmix64, unpermute
 from mixwright.data_mixing.timeline import Catalogue, CommittedPolicy, Exhaustion, PlanState, Stretch, Timeline
 
 __all__ = ["CommittedPolicy", "Exhaustion", "Plan", "PlanState", "RowRefs", "chain_digest", "rank_positions",
@@ -101,6 +101,13 @@ class Plan:
         with self._lock:
             return self._catalogue.in_catalogue_order(self._cursors(self._timeline.at(step), step))
 
+    def draw_of(self, domain: int, row: int, epoch: int) -> int:
+        """The draw (counted from 0 over the whole run) that reads `row` in `epoch` of the domain at this index."""
+        place = int(np.flatnonzero(self._catalogue.index_G == domain)[0])
+        key = fold_key(self._row_key_G[place : place + 1], np.array([epoch], dtype=np.uint64))
+        num_rows = self.genesis.domains[domain].num_rows
+        return epoch * num_rows + unpermute(row, num_rows, int(key[0]))
+
     def proportions(self, step: int) -> NDArray[np.float64]:
         """The mixture [G] that holds at `step`, sum 1, after caps; zeros once the plan has ended."""
         with self._lock:
@@ -155,10 +162,14 @@ class Plan:
         ends = [event.step for event in self.exhaustion() if event.action == "stop"]
         return ends[0] if ends else None
 
-    def exhaustion(self, before_step: int | None = None) -> tuple[Exhaustion, ...]:
-        """Every domain that reaches its cap before `before_step` (default: genesis.num_steps), in order of step."""
+    def exhaustion(self, before_step: int | None = None, from_step: int = 0) -> tuple[Exhaustion, ...]:
+        """Every domain that reaches its cap before `before_step` (default: genesis.num_steps), in order of step.
+
+        With `from_step`, only those of the stretch of steps that covers it and of later ones.
+        """
+        before_step = self.genesis.num_steps if before_step is None else before_step
         with self._lock:
-            return tuple(self._timeline.exhaustions(self.genesis.num_steps if before_step is None else before_step))
+            return tuple(self._timeline.exhaustions(before_step, from_step))
 
     def digest(self, step: int) -> int:
         """64-bit digest of the ordered global batch of `step`."""

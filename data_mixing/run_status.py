@@ -8,6 +8,7 @@ from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.entries import PolicyEntry
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.history import RunHistory
+from mixwright.data_mixing.plan import Plan
 
 
 class DomainStatus(StrictModel):
@@ -46,8 +47,11 @@ class RunStatus(StrictModel):
     checkpoint: str
 
 
-def run_status(history: RunHistory) -> RunStatus:
-    """The status that a history tells. Raises JournalError when the run has no GENESIS entry."""
+def run_status(history: RunHistory, plan: Plan | None = None) -> RunStatus:
+    """The status that a history tells. Raises JournalError when the run has no GENESIS entry.
+
+    `plan` is that of the history's commits, where the caller has it; the history's own audits every commit.
+    """
     genesis, next_step = history.genesis, history.last_step + 1
     shown_step = min(next_step, genesis.num_steps - 1)
     in_force = next((c for c in reversed(history.commits) if c.effective_step <= shown_step), None)
@@ -60,7 +64,7 @@ def run_status(history: RunHistory) -> RunStatus:
         last_lsn=history.last_lsn,
         policy=_policy_status(in_force.lsn, in_force.policy, in_force.effective_step) if in_force else None,
         pending=_upcoming(history, shown_step),
-        domains=_domains(history, next_step, shown_step) if in_force else (),
+        domains=_domains(history, plan or history.plan(), next_step, shown_step) if in_force else (),
         controller=f"{lease.holder} (lease {lease.epoch})" if lease else "",
         checkpoint=history.checkpoints[-1].tag if history.checkpoints else "",
     )
@@ -95,8 +99,8 @@ def _policy_status(lsn: int, policy: PolicyEntry, effective_step: int | None) ->
     )
 
 
-def _domains(history: RunHistory, next_step: int, shown_step: int) -> tuple[DomainStatus, ...]:
-    genesis, plan = history.genesis, history.plan()
+def _domains(history: RunHistory, plan: Plan, next_step: int, shown_step: int) -> tuple[DomainStatus, ...]:
+    genesis = history.genesis
     newest = next((report.domains for report in reversed(history.reports) if report.kind == "train"), {})
     losses = {name: loss.loss_sum / loss.num_tokens for name, loss in newest.items() if loss.num_tokens}
     rows = zip(genesis.domains, plan.proportions(shown_step), plan.cursors(next_step), strict=True)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mixwright.data_mixing.answers import one_line
 from mixwright.data_mixing.config_file import StrictModel, validate
 from mixwright.data_mixing.errors import ConfigError, ServiceUnavailable
 
@@ -33,6 +34,8 @@ HOST_MODULE = "mixwright.launch.mixing_host"
 STOP_TIMEOUT_S = 20.0
 LOCK_RETRY_S = 1.0
 POLL_INTERVAL_S = 0.1
+LOCAL_HOST = "127.0.0.1"
+MAX_PORT = 65535
 TOKEN_REMEDY = (
     "put the cluster's token (`ray get-auth-token` on its head node) into ~/.ray/auth_token, or set "
     "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
@@ -45,7 +48,8 @@ class ServiceRecord(StrictModel):
     """What service.json holds. `address`, `actor` and `namespace` find the controller once `state` is `ready`.
 
     `private`: the host started a Ray of its own, which only this machine and user can reach; its files are in
-    `ray_folder`, its token in `token_path`. `watched`: it ends with the trainer that it was started for.
+    `ray_folder`, its token in `token_path`. `watched`: it ends with the trainer that it was started for. `metrics`:
+    where its Prometheus endpoint answers, "" without one.
     """
 
     state: State
@@ -59,6 +63,7 @@ class ServiceRecord(StrictModel):
     actor: str = ""
     token_path: Path | None = None
     ray_folder: Path | None = None
+    metrics: str = ""
     message: str = ""
 
 
@@ -218,17 +223,22 @@ class ServiceProcess:
         )
 
 
-def start_service(run_dir: Path, *, address: str | None = None, watch_pid: int | None = -1) -> ServiceProcess:
+def start_service(
+    run_dir: Path, *, address: str | None = None, watch_pid: int | None = -1, metrics: str | None = None
+) -> ServiceProcess:
     """Start the run's mixing service, or adopt the one that is there. Returns at once.
 
     `address` is a Ray cluster (None: RAY_ADDRESS, else a private local Ray). The service ends when process `watch_pid`
-    is gone (default: the caller; None: it runs until `mix down` or the end of the run).
+    is gone (default: the caller; None: it runs until `mix down` or the end of the run). `metrics`: `[HOST:]PORT` of a
+    Prometheus endpoint (None: there is none).
     """
     command = [sys.executable, "-m", HOST_MODULE, "--run", str(run_dir)]
     if address is not None:
         command += ["--address", address]
     if watch_pid is not None:
         command.append("--watch")
+    if metrics is not None:
+        command += ["--metrics", metrics]
     service = ServiceProcess(run_dir, command, watch_pid is not None)
     try:
         if watch_pid is not None:
@@ -237,6 +247,25 @@ def start_service(run_dir: Path, *, address: str | None = None, watch_pid: int |
     except ServiceUnavailable as error:
         service.failure = str(error)
     return service
+
+
+def check_listening(address: str, timeout_s: float) -> None:
+    """Raise ServiceUnavailable unless something listens at `address`."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise ServiceUnavailable(f"Ray address {address!r}: expected HOST:PORT, e.g. 10.0.0.5:6379, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except (OSError, OverflowError) as error:
+        raise ServiceUnavailable(f"no Ray at {address}: {one_line(error)}") from None
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """`9464` or `0.0.0.0:9464` as (host, port); without a host only this machine is answered. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > MAX_PORT:
+        raise ValueError(f"expected [HOST:]PORT with a port from 0 to {MAX_PORT}, e.g. 9464, found {text!r}")
+    return host.strip("[]") or LOCAL_HOST, int(port)
 
 
 def is_watched_alive(run_dir: Path) -> bool:

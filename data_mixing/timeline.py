@@ -277,9 +277,9 @@ class Timeline:
         """The state at `step`."""
         return self.at(step).state(step)
 
-    def exhaustions(self, before_step: int) -> Iterator[Exhaustion]:
-        """Events in [first committed step, before_step) in order of step."""
-        step = self._regimes[0].start_step if self._regimes else before_step
+    def exhaustions(self, before_step: int, from_step: int = 0) -> Iterator[Exhaustion]:
+        """Events before `before_step` in order of step, from the stretch that covers `from_step` on."""
+        step = max(self._regimes[0].start_step, from_step) if self._regimes else before_step
         while step < before_step:
             stretch = self.at(step)
             yield from stretch.exhaustions

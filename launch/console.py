@@ -19,10 +19,13 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class RunConsole:
-    """Prints on the leader, silent elsewhere. Domain names and reasons are shown as text, never as markup."""
+    """Prints on the leader, silent elsewhere; to standard error where standard output is for JSON.
 
-    def __init__(self, quiet: bool) -> None:
-        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    Domain names and reasons are shown as text, never as markup.
+    """
+
+    def __init__(self, quiet: bool, to_stderr: bool = False) -> None:
+        self._console = Console(quiet=quiet, stderr=to_stderr, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._last_plain = 0.0
         self._rates: deque[tuple[float, int]] = deque(maxlen=30)
@@ -62,10 +65,10 @@ class RunConsole:
         seconds_per_step = self._seconds_per_step()
         remaining = (progress.num_steps - progress.step) * seconds_per_step
         speed = progress.tokens_per_step / seconds_per_step if seconds_per_step else 0.0
+        policy = "" if progress.policy_lsn is None else f"  policy {progress.policy_lsn}"
         return (
             f"step {progress.step}/{progress.num_steps}  loss {_number(progress.loss)}  "
-            f"[{_domains(progress.domain_losses)}]  {speed:,.0f} tok/s  ETA {_duration(remaining)}  "
-            f"policy {progress.policy_lsn}"
+            f"[{shown_losses(progress.domain_losses)}]  {speed:,.0f} tok/s  ETA {duration(remaining)}{policy}"
         )
 
     def _seconds_per_step(self) -> float:
@@ -73,7 +76,8 @@ class RunConsole:
         return (last_time - first_time) / (last_step - first_step) if last_step > first_step else 0.0
 
 
-def _domains(losses: Mapping[str, float], most: int = 6) -> str:
+def shown_losses(losses: Mapping[str, float], most: int = 6) -> str:
+    """The first few losses by name, and how many there are besides."""
     shown = [f"{name} {loss:.2f}" for name, loss in list(losses.items())[:most]]
     return " ".join(shown) + (f" +{len(losses) - most}" if len(losses) > most else "")
 
@@ -82,7 +86,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as `4:05` or `1:04:05`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.launch.console import RunConsole
 from mixwright.launch.distill_commands import STUDENT, prepare_from
-from mixwright.launch.rank_command import run_rank
+from mixwright.launch.rank_command import pretrain_job, run_rank
 from mixwright.pretrain.config import PretrainConfig, load_pretrain_config
 from mixwright.pretrain.distill.config import load_distill_config
 
@@ -36,7 +36,7 @@ def student_run(path: Path, overrides: Sequence[str], console: RunConsole) -> Pr
 
 def main() -> int:
     """Run the student of this rank; returns the exit code."""
-    return run_rank(str(__doc__), "configs/ensemble/distill.yaml", student_run)
+    return run_rank(str(__doc__), "configs/ensemble/distill.yaml", student_run, pretrain_job)
 
 
 if __name__ == "__main__":

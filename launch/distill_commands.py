@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 
+from mixwright.launch.help_text import examples
+from mixwright.launch.json_output import print_json
+from mixwright.launch.mix_options import AsJson
+
 if TYPE_CHECKING:
     from mixwright.launch.console import RunConsole
     from mixwright.pretrain.config import PretrainConfig
+    from mixwright.pretrain.distill.config import DistillConfig
 
 STUDENT = "student.yaml"
 """The student's run as it was prepared, below the distillation's folder."""
@@ -29,10 +33,16 @@ def _distill() -> None:
     """Distil teachers into one student, from their logits, their samples, or both."""
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "mixwright distill prepare configs/ensemble/distill.yaml",
+        "mixwright distill prepare configs/ensemble/distill.yaml student.run.name=student-2 --json",
+    )
+)
 def prepare(
-    config: Annotated[Path, typer.Argument(help="a distillation, e.g. configs/distill.yaml")],
+    config: Annotated[Path, typer.Argument(help="a distillation, e.g. configs/ensemble/distill.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="changes, as key.sub=value")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fit the teachers' temperature, sample from them, cache their predictions; goes on where it was interrupted.
 
@@ -40,17 +50,25 @@ def prepare(
     """
     from mixwright.launch.console import RunConsole
 
-    prepare_from(config, overrides or [], RunConsole(quiet=False))
+    student = prepare_from(config, overrides or [], RunConsole(quiet=False, to_stderr=as_json))
+    if as_json:
+        print_json({"run": student.run.name, "num_steps": student.training.num_steps, "config": student})
 
 
 def prepare_from(path: Path, overrides: Sequence[str], console: RunConsole) -> PretrainConfig:
     """Everything before the student's first step; its run is also written as student.yaml."""
-    from mixwright.data_mixing.staging import atomic_file
     from mixwright.pretrain.distill.config import load_distill_config
+
+    return prepare_run(*load_distill_config(path, overrides), console)
+
+
+def prepare_run(config: DistillConfig, base: PretrainConfig, console: RunConsole) -> PretrainConfig:
+    """`prepare_from` a configuration that has been read."""
+    from mixwright.data_mixing.staging import atomic_file
     from mixwright.pretrain.distill.pipeline import prepare_student
+    from mixwright.pretrain.progress import stage_progress
     from mixwright.pretrain.start import ensure_store
 
-    config, base = load_distill_config(path, overrides)
     ensure_store(base, console)
     student = prepare_student(config, base, console.say, stage_progress(console.say))
     written = config.folder / STUDENT
@@ -59,21 +77,3 @@ def prepare_from(path: Path, overrides: Sequence[str], console: RunConsole) -> P
         file.write(yaml.safe_dump(student.model_dump(mode="json"), sort_keys=False).encode())
     console.say(f"the student's run: {written} ({student.training.num_steps} steps)")
     return student
-
-
-def stage_progress(say: Callable[[str], None], interval_s: float = 10.0) -> Callable[[str, int, int], None]:
-    """Tells of a stage when it begins, now and then with the time that is left, and when it ends."""
-    began: dict[str, tuple[float, int]] = {}
-    told: dict[str, float] = {}
-
-    def tell(stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        start, at_start = began.setdefault(stage, (now, done))
-        if done < total and now - told.get(stage, -interval_s) < interval_s:
-            return
-        told[stage] = now
-        speed = (done - at_start) / (now - start) if now > start else 0.0
-        left = f", about {(total - done) / speed / 60:.1f} min left" if speed and done < total else ""
-        say(f"{stage}: {done:,} of {total:,} rows{left}")
-
-    return tell

@@ -1,4 +1,14 @@
-"""How a command of ours ends."""
+"""How a command of ours ends: the exit codes, in one place.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | what was asked for was done and did not go well: a run failed, a decision differs, a check of `doctor` fails |
+| 2 | bad input, or refused: the message says what was expected |
+| 3 | the service, Ray or the time that it needs cannot be had |
+| 75 | training was interrupted after a checkpoint: the same command goes on |
+| 130 | ended by Ctrl-C |
+"""
 
 from __future__ import annotations
 
@@ -7,6 +17,12 @@ import sys
 import typer
 
 from mixwright.data_mixing.errors import MixingError
+
+EXIT_NOT_WELL, EXIT_REFUSED, EXIT_CTRL_C = 1, 2, 130
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 it did not go well (a run failed, a check fails); 2 bad input or refused; "
+    "3 the service cannot be had; 75 training was interrupted after a checkpoint; 130 Ctrl-C."
+)
 
 
 def run(app: typer.Typer) -> None:

@@ -9,16 +9,22 @@ interrupted and resumable (run the same command again).
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from mixwright.launch.rank_command import run_rank
-from mixwright.pretrain.config import load_pretrain_config
+from mixwright.launch.console import RunConsole
+from mixwright.launch.rank_command import pretrain_job, run_rank
+from mixwright.pretrain.config import PretrainConfig, load_pretrain_config
+
+
+def configured_run(path: Path, overrides: Sequence[str], console: RunConsole) -> PretrainConfig:
+    """The run of a configuration file. Raises ConfigError."""
+    return load_pretrain_config(path, overrides)
 
 
 def main() -> int:
     """Run the job of this rank; returns the exit code."""
-    return run_rank(
-        str(__doc__), "configs/quickstart.yaml", lambda path, overrides, _: load_pretrain_config(path, overrides)
-    )
+    return run_rank(str(__doc__), "configs/quickstart.yaml", configured_run, pretrain_job)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from mixwright.data_mixing.errors import MixingError
 from mixwright.launch.console import RunConsole
@@ -19,8 +20,20 @@ LEADER_SPEAKS_S = 2.0
 SAME_ON_ALL_RANKS = (2, 3)
 """Exit codes of errors in configuration and data, which every rank meets."""
 
-RunOf = Callable[[Path, Sequence[str], RunConsole], PretrainConfig]
+Config = TypeVar("Config")
+
+RunOf = Callable[[Path, Sequence[str], RunConsole], Config]
 """The run to train, from the path and overrides of the command line."""
+
+Job = Callable[[Config, RunConsole], int]
+"""Runs this rank's part of it; returns the exit code."""
+
+
+def pretrain_job(config: PretrainConfig, console: RunConsole) -> int:
+    """A pretraining run, students among them. Imported late: torch and deepspeed take seconds, a misspelt key not."""
+    from mixwright.pretrain.job import run_job
+
+    return run_job(config, console)
 
 
 def parse_arguments(description: str, example: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,20 +45,20 @@ def parse_arguments(description: str, example: str, arguments: Sequence[str] | N
     return parser.parse_args(arguments)
 
 
-def run_rank(description: str, example: str, run_of: RunOf) -> int:
+def run_rank(description: str, example: str, run_of: RunOf[Config], job: Job[Config]) -> int:
     """Run the job of this rank; every expected failure is one line on standard error. Returns the exit code."""
     arguments = parse_arguments(description, example)
-    rank = launched_rank()
-    console = RunConsole(quiet=rank != 0)
-    try:
-        config = run_of(arguments.config, arguments.overrides, console)
-        # Imported late: torch, transformers and deepspeed take seconds, a misspelt key should not.
-        from mixwright.pretrain.job import run_job
+    console = RunConsole(quiet=launched_rank() != 0)
+    return ended(console, lambda: job(run_of(arguments.config, arguments.overrides, console), console))
 
-        return run_job(config, console)
+
+def ended(console: RunConsole, job: Callable[[], int]) -> int:
+    """The exit code of this rank's job; every expected failure is one line on standard error."""
+    try:
+        return job()
     except MixingError as error:
         console.close()
-        if rank == 0 or error.exit_code not in SAME_ON_ALL_RANKS:
+        if launched_rank() == 0 or error.exit_code not in SAME_ON_ALL_RANKS:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(LEADER_SPEAKS_S)

@@ -6,7 +6,6 @@ A run's folder says whether it is complete (its journal has an end); its losses 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from mixwright.data_mixing.config_file import StrictModel
+from mixwright.launch.parent import end_with_parent
 from mixwright.launch.ray_tasks import TaskMap, TaskOptions, task_map
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.ensemble.config import ResourcesConfig
@@ -34,8 +34,6 @@ ATTEMPTS = 3
 """Of a run that asks to be started again (exit code 75) or is killed."""
 RELEASE_TIMEOUT_S = 60.0
 """How long a run may still be held by a process that is about to end."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def perform_run(launch: Launch) -> RunResult:
     if found is not None:
         return found
     run_dir = launch.config.run_dir
-    _await_release(run_dir)
+    await_release(run_dir)
     with (run_dir / "launch.yaml").open("w", encoding="utf-8") as file:
         yaml.safe_dump(launch.config.model_dump(mode="json"), file, sort_keys=False)
     for _ in range(ATTEMPTS):
@@ -144,7 +142,7 @@ def _train(launch: Launch) -> int:
     with (run_dir / LOG).open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": threads}, preexec_fn=_end_with_parent,
+            env={**os.environ, "OMP_NUM_THREADS": threads}, preexec_fn=end_with_parent,
         )  # fmt: skip
         try:
             return process.wait()
@@ -154,13 +152,7 @@ def _train(launch: Launch) -> int:
                 process.wait()
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however it ends: no run is left training alone."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _await_release(run_dir: Path) -> None:
+def await_release(run_dir: Path) -> None:
     """Wait until no process holds the run, as that of a killed parent may for a moment. Raises RunInUse."""
     deadline = time.monotonic() + RELEASE_TIMEOUT_S
     while True:

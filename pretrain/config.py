@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mixwright.data_mixing.config_file import StrictModel, load_config, read_yaml
 from mixwright.data_mixing.errors import ConfigError, nearest
+from mixwright.data_mixing.service import listen_address
 from mixwright.pretrain.model_options.config import ModelOptions
 
 Positive = Annotated[int, Field(gt=0)]
@@ -137,7 +138,8 @@ class MixingConfig(StrictModel):
     `policy` is a policy document or the path of one. A policy becomes effective at least `lead_steps` after it
     is seen. `service`: `auto` trains on without a controller when Ray cannot start, `required` stops instead
     (exit code 3), `none` starts none. `feed: actor` reads rows through the Ray cluster, on nodes without the store;
-    rows that do not come within `feed_timeout_s` end the job (exit code 3).
+    rows that do not come within `feed_timeout_s` end the job (exit code 3). `metrics: [HOST:]PORT` makes the service
+    answer Prometheus there.
     """
 
     policy: Path | dict[str, Any]
@@ -147,8 +149,16 @@ class MixingConfig(StrictModel):
     service: Literal["auto", "required", "none"] = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; None: RAY_ADDRESS, else a local Ray")
     service_timeout_s: float = Field(default=60.0, gt=0)
+    metrics: str | None = None
     feed: Literal["local", "actor"] = "local"
     feed_timeout_s: float = Field(default=60.0, gt=0)
+
+    @field_validator("metrics")
+    @classmethod
+    def _is_listen_address(cls, metrics: str | None) -> str | None:
+        if metrics is not None:
+            listen_address(metrics)
+        return metrics
 
     @model_validator(mode="after")
     def _lead_covers_prefetch(self) -> MixingConfig:
@@ -175,6 +185,17 @@ class CheckpointConfig(StrictModel):
     keep: Positive = 2
 
 
+class WandbConfig(StrictModel):
+    """Weights & Biases. Its key is no setting: it comes from WANDB_API_KEY or `wandb login`.
+
+    `mode: offline` writes to the run folder alone, for `wandb sync` later.
+    """
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    mode: Literal["offline", "online"] = "online"
+
+
 class MetricsConfig(StrictModel):
     """Where figures go besides the console; `metrics.jsonl` is always written.
 
@@ -182,6 +203,7 @@ class MetricsConfig(StrictModel):
     """
 
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
     row_log: bool = False
 
 

@@ -45,9 +45,19 @@ class Head(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, hidden_ND: Tensor, targets_N: Tensor, lesson: Lesson | None = None
+        self,
+        hidden_ND: Tensor,
+        targets_N: Tensor,
+        lesson: Lesson | None = None,
+        *,
+        precise: bool = False,
+        entropy: bool = False,
     ) -> TokenLosses | DistillationLosses:
-        """Cross-entropy and log-sum-exp of each token, float32 [N], in nats; with a lesson also what it adds."""
+        """Cross-entropy and log-sum-exp of each token, float32 [N], in nats; with a lesson also what it adds.
+
+        `precise` forms logits in float32 for 16-bit parameters, `entropy` asks for the predictions' entropy; neither is
+        there for lessons.
+        """
         features_ND, weight_VD = self.operands(hidden_ND)
         if lesson is not None:
             return linear_distillation(
@@ -66,6 +76,8 @@ class Head(nn.Module):
             bias_V=self.bias,
             softcap=self.softcap,
             temperature=self.temperature,
+            precise=precise,
+            entropy=entropy,
         )
 
     def operands(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:

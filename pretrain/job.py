@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from mixwright.data_mixing.entries import DomainLoss, End, Report
 from mixwright.data_mixing.feeder import Feeder
 from mixwright.data_mixing.held_out import HeldOut
@@ -26,6 +28,7 @@ from mixwright.pretrain.engine import Engine, pretrain_settings, start_ranks
 from mixwright.pretrain.ensemble.member import EXPORT, ORIGIN, parameters_hash, write_origin
 from mixwright.pretrain.evaluate import evaluate
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
+from mixwright.pretrain.metric_sinks import check_wandb
 from mixwright.pretrain.metrics import MetricWriter, loss_values, overall_loss, peak_memory_bytes, read_metrics
 from mixwright.pretrain.model import build_model, export, num_parameters
 from mixwright.pretrain.model_options.exporting import how_to_load
@@ -51,6 +54,9 @@ def run_job(config: PretrainConfig, watcher: Watcher) -> int:
         if read_history(config.run_dir).end is not None:
             _say_complete(config, watcher)
             return 0
+        if config.training.num_threads is not None:
+            torch.set_num_threads(config.training.num_threads)
+        check_wandb(config.metrics.wandb)
         ranks = start_ranks(watcher.say)
         stack.callback(ranks.leave)
         store = stack.enter_context(open_store(config, ranks))
@@ -129,7 +135,7 @@ class Job:
     def _metrics(self) -> contextlib.AbstractContextManager[MetricWriter | None]:
         if not self.ranks.is_leader:
             return contextlib.nullcontext()
-        return MetricWriter(self.config.run_dir, self.config.metrics.tensorboard)
+        return MetricWriter(self.config.run_dir, self.config.metrics.tensorboard, self.config.metrics.wandb)
 
     def _leader(self) -> Leader:
         journal, history = self.mixing.leader_journal()

@@ -1,4 +1,4 @@
-"""Figures of a run: one JSON object per line in `metrics.jsonl`, and TensorBoard beside it."""
+"""Figures of a run: what is written while it trains (`metric_sinks.py` says where), and read again."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, Self
 import torch
 
 from mixwright.data_mixing.entries import DomainLoss
+from mixwright.pretrain.config import WandbConfig
 from mixwright.pretrain.evaluate import mean_loss, perplexity, standard_error
+from mixwright.pretrain.metric_sinks import METRICS, JsonLines, Sink, TensorBoard, Wandb
 
 
 class MetricWriter:
-    """Appends records of the leader; a record has a `kind` and the number of optimizer steps done, `step`."""
+    """Writes records of the leader; a record has a `kind` and the number of optimizer steps done, `step`.
 
-    def __init__(self, run_dir: Path, tensorboard: bool) -> None:
-        path = run_dir / "metrics.jsonl"
-        is_cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        self._file = path.open("a", encoding="utf-8")
-        if is_cut:  # by a kill; the next record must not become part of that half line
-            self._file.write("\n")
-        self._board = None
+    Raises TrainingError when Weights & Biases is asked for and cannot be had.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool, wandb: WandbConfig | None = None) -> None:
+        self._sinks: list[Sink] = [JsonLines(run_dir / METRICS)]
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+            self._sinks.append(TensorBoard(run_dir / "tensorboard"))
+        if wandb is not None:
+            self._sinks.append(Wandb(run_dir, wandb))
 
     def __enter__(self) -> Self:
         return self
@@ -35,27 +35,13 @@ class MetricWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One record; numbers (also one level down, by name) go to TensorBoard as `kind/key`."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in _scalars(values):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-
-
-def _scalars(values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += [(f"{key}/{name}", number) for name, number in value.items() if isinstance(number, (int, float))]
-        elif isinstance(value, (int, float)):
-            found.append((key, value))
-    return found
+        """One record; numbers (also one level down, by name) are drawn as `kind/key` where there are pictures."""
+        for sink in self._sinks:
+            sink.write(kind, step, values)
 
 
 def loss_values(losses: Mapping[str, DomainLoss]) -> dict[str, Any]:
@@ -76,7 +62,7 @@ def overall_loss(losses: Mapping[str, DomainLoss]) -> float:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records in order of steps; a step that was done again after a resume counts once, as done last."""
     latest: dict[tuple[str, int], dict[str, Any]] = {}
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)

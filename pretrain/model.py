@@ -134,15 +134,18 @@ def _check_head(model: LanguageModel, vocab_size: int) -> None:
 
 def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder: Path, folder: Path) -> None:
     """Write a Hugging Face folder: full `parameters` (by LanguageModel name), configuration and tokenizer."""
+    disable_progress_bar()
+    write_export(model, named_as_saved(model, parameters), parameters, folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+
+
+def named_as_saved(model: LanguageModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`parameters` (by LanguageModel name) and buffers by the names of the causal model, tied ones under each name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one by its first name
     own_parameters = model.causal_lm.named_parameters(remove_duplicate=False)
     state = {name: parameters[names[id(parameter)]] for name, parameter in own_parameters}
-    state |= {
-        name: buffer for name, buffer in model.causal_lm.state_dict().items() if name not in state and buffer.numel()
-    }
-    disable_progress_bar()
-    write_export(model, state, parameters, folder)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    buffers = model.causal_lm.state_dict().items()
+    return state | {name: buffer for name, buffer in buffers if name not in state and buffer.numel()}
 
 
 def num_parameters(model: nn.Module) -> int:

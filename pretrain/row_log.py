@@ -136,8 +136,12 @@ class RowLog:
         return RowLog(self.step_n[which_m], self.position_n[which_m], self.loss_n[which_m], self.weight_n[which_m])
 
 
-def read_row_log(folder: Path) -> RowLog:
-    """All that was logged and is not void. Files of other names, half-written ones among them, are not read.
+_NO_ROWS = RowLog(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+def read_row_log(folder: Path, only_step: int | None = None) -> RowLog:
+    """All that was logged and is not void, or that of one step. Files of other names, half-written ones among them, are
+    not read, and of those that cannot hold `only_step` only the name is.
 
     Raises DataError when there is no log, a file is damaged (named), or two files have the same row.
     """
@@ -149,12 +153,23 @@ def read_row_log(folder: Path) -> RowLog:
         step, attempt = int(name[1]), int(name[2])
         first_steps[attempt] = min(step, first_steps.get(attempt, step))
     parts = []
-    for name in sorted(names, key=lambda name: name[0]):
+    for name in sorted(names if only_step is None else _covering(names, only_step), key=lambda name: name[0]):
         void_from = min((s for attempt, s in first_steps.items() if attempt > int(name[2])), default=_LARGEST + 1)
         if int(name[1]) < void_from:
             rows = _read_file(folder / name[0], int(name[1]))
             parts.append(rows if rows.step_n[-1] < void_from else rows.take(rows.step_n < void_from))
-    return _in_order(folder, parts)
+    if only_step is not None:
+        parts = [rows.take(rows.step_n == only_step) for rows in parts]
+    return _in_order(folder, parts or [_NO_ROWS])
+
+
+def _covering(names: list[re.Match[str]], step: int) -> list[re.Match[str]]:
+    """Of each attempt and rank, the last file that begins at or before `step`: files hold steps without gaps."""
+    latest: dict[tuple[str, str], re.Match[str]] = {}
+    for name in sorted(names, key=lambda name: int(name[1])):
+        if int(name[1]) <= step:
+            latest[name[2], name[3]] = name
+    return list(latest.values())
 
 
 def _read_file(path: Path, first_step: int) -> RowLog:

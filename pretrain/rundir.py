@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.snapshot import resume
-from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.errors import RunInUse, TrainingError
 
 LOCK = "trainer.lock"
@@ -51,6 +51,6 @@ def read_history(run_dir: Path) -> RunHistory:
     return history
 
 
-def write_resolved_config(run_dir: Path, config: PretrainConfig) -> None:
+def write_resolved_config(run_dir: Path, config: StrictModel) -> None:
     """Every setting as it is in force, defaults included."""
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

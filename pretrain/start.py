@@ -153,7 +153,7 @@ def _start_service(config: PretrainConfig) -> ServiceProcess | None:
     mixing = config.mixing
     if mixing.service == "none":
         return None
-    service = start_service(config.run_dir, address=mixing.address)
+    service = start_service(config.run_dir, address=mixing.address, metrics=mixing.metrics)
     if mixing.service == "required":
         status = service.wait(mixing.service_timeout_s)
         if status.state != "ready":

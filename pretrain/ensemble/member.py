@@ -67,7 +67,7 @@ def inspect_member(path: Path) -> Member:
         return Member(
             name=path.resolve().name if folder is not path else folder.resolve().name,
             folder=folder,
-            fingerprint=_files_hash(files),
+            fingerprint=files_hash(files),
             tokenizer_hash=tokenizer,
             vocab_size=int(config["vocab_size"]),
             num_parameters=_num_parameters(files),
@@ -140,7 +140,8 @@ def _bytes_of(parameter: Tensor) -> Any:
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def _files_hash(files: Sequence[Path]) -> str:
+def files_hash(files: Sequence[Path]) -> str:
+    """SHA-256 of the contents of files, in their order."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

@@ -16,6 +16,7 @@ from mixwright.pretrain.config import (
     RunConfig,
     ScheduleConfig,
     Share,
+    WandbConfig,
     refuse_owned_settings,
 )
 
@@ -234,6 +235,7 @@ class RpoMetricsConfig(StrictModel):
     """Where figures go besides the console; `metrics.jsonl` is always written."""
 
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
 
 
 class RpoConfig(StrictModel):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ def write_config(folder: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def start_job(config: Path, *overrides: str, num_ranks: int = 1) -> subprocess.Popen[str]:
-    """`python launch/pretrain.py` for one rank, the deepspeed launcher for more."""
+def start_job(
+    config: Path, *overrides: str, num_ranks: int = 1, script: str = "pretrain.py", launcher: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """`python launch/pretrain.py` for one rank, the deepspeed launcher for more, or another `launcher`."""
     starter = [sys.executable]
-    if num_ranks > 1:
+    if launcher:
+        starter = [str(BIN / launcher[0]), *launcher[1:], str(29700 + os.getpid() % 200)]
+    elif num_ranks > 1:
         starter = [
             str(BIN / "deepspeed"),
             "--num_gpus",
@@ -37,7 +42,7 @@ def start_job(config: Path, *overrides: str, num_ranks: int = 1) -> subprocess.P
             "--master_port",
             str(29600 + os.getpid() % 300),
         ]
-    command = [*starter, str(ROOT / "launch" / "pretrain.py"), "--config", str(config), *overrides]
+    command = [*starter, str(ROOT / "launch" / script), "--config", str(config), *overrides]
     environment = {
         **os.environ, "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -58,9 +63,9 @@ def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, output
 
 
-def run_job(config: Path, *overrides: str, num_ranks: int = 1) -> str:
-    """Output of a job that must succeed."""
-    code, output = finish(start_job(config, *overrides, num_ranks=num_ranks))
+def run_job(config: Path, *overrides: str, **how: Any) -> str:
+    """Output of a job that must succeed; `how` as in `start_job`."""
+    code, output = finish(start_job(config, *overrides, **how))
     assert code == 0, output[-4000:]
     return output
 
