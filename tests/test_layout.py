@@ -22,7 +22,15 @@ MAY_IMPORT = {
 DOORS = {
     "triton": {"kernels"},
     "deepspeed": {"pretrain/engine.py"},
-    "ray": {"data_mixing/controller.py", "data_mixing/feed_actor.py", "launch/ray_tasks.py"},
+    "ray": {
+        "data_mixing/controller.py",
+        "data_mixing/feed_actor.py",
+        "launch/cluster_job.py",
+        "launch/dashboard_address.py",
+        "launch/rank_shell.py",
+        "launch/ray_tasks.py",
+    },
+    "wandb": {"pretrain/metric_sinks.py"},
 }
 TOP_LEVEL = {"pyproject.toml", "configs", "data_mixing", "kernels", "launch", "pretrain", "tests"}
 NEITHER_RAY_NOR_TORCH = ("plan", "journal", "history", "store", "leader", "feeder", "feed", "loader", "policy")
