@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CONFIG = Path(__file__).parent.parent / "configs" / "studies" / "mixing.yaml"
 WEIGHTING_CONFIG = CONFIG.with_name("weighting.yaml")
 ENSEMBLE_CONFIG = CONFIG.with_name("ensemble.yaml")
+OVEROPTIMISATION_CONFIG = CONFIG.with_name("overoptimisation.yaml")
 EVIDENCE = Path("docs") / "evidence"
 
 app = typer.Typer(help="Compare methods on small models.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -142,6 +143,36 @@ def ensemble(
     if wider:
         written += write_widths([findings, *map(find, wider)], evidence)
     for path in written:
+        typer.echo(f"written: {path}")
+
+
+@app.command()
+def overoptimisation(
+    config: Annotated[Path, typer.Option(help="the study")] = OVEROPTIMISATION_CONFIG,
+    arms: Annotated[str, typer.Option(help="names, separated by commas (default: all)")] = "",
+    seeds: Annotated[int | None, typer.Option(min=1, help="number of seeds, of each part's first ones")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(min=0, help="begin no trial after so long")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="trials at a time as Ray tasks; 0: here, one by one")] = 2,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")] = None,
+    evidence: Annotated[Path, typer.Option(help="folder of the table and the picture")] = EVIDENCE,
+) -> None:
+    """DPO and RPO until long after their best: gold reward, divergence and coverage over training, by eta.
+
+    Finished trials are kept and read again, so a study that was interrupted goes on.
+    """
+    from mixwright.launch.overoptimisation_report import show, write_evidence
+    from mixwright.launch.overoptimisation_study import load_overoptimisation_study, trial_map
+    from mixwright.launch.ray_tasks import OutOfTime
+
+    deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    study = load_overoptimisation_study(config, _names(arms), seeds, typer.echo)
+    try:
+        with trial_map(study, workers, address) as map_:
+            study.perform(map_, typer.echo, deadline)
+    except OutOfTime as error:
+        typer.echo(f"{error}; what follows is what there is", err=True)
+    show(study)
+    for path in write_evidence(study, evidence):
         typer.echo(f"written: {path}")
 
 
