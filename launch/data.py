@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,10 @@ from rich.table import Table
 
 from mixwright.data_mixing.errors import DataError
 from mixwright.data_mixing.manifest import SPLITS
+from mixwright.launch.ending import EXIT_CTRL_C, EXIT_REFUSED
+from mixwright.launch.help_text import examples
+from mixwright.launch.json_output import print_json
+from mixwright.launch.mix_options import AsJson
 
 # Commands import what they need when they run: `mixwright --help` should not wait for pyarrow.
 if TYPE_CHECKING:
@@ -26,11 +30,17 @@ app = typer.Typer(help="Make token stores from text, and look at them.", no_args
 StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="folder of a token store")]
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "mixwright data prepare configs/quickstart_corpora.yaml",
+        "mixwright data prepare corpora.yaml output=/data/store sequence_length=2048 --replace",
+    )
+)
 def prepare(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="corpora configuration (YAML)")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="replace a finished store of other content")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tokenise corpora into a store; run it again to continue after an interruption."""
     from mixwright.data_mixing.corpora import load_corpora_config
@@ -42,28 +52,41 @@ def prepare(
             prepared = prepare_store(corpora, config.parent.resolve(), replace=replace, progress=report)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command continues from here")
-        raise typer.Exit(130) from None
-    if prepared.made:
+        raise typer.Exit(EXIT_CTRL_C) from None
+    if as_json:
+        print_json({"made": prepared.made, "output": corpora.output, **stats_of(prepared.manifest)})
+    elif prepared.made:
         print_stats(prepared.manifest)
     else:
         typer.echo(f"{corpora.output} is complete and up to date: nothing to do")
 
 
-@app.command()
-def stats(store: StoreFolder) -> None:
+@app.command(epilog=examples("mixwright data stats runs/store", "mixwright data stats runs/store --json"))
+def stats(store: StoreFolder, as_json: AsJson = False) -> None:
     """Documents, rows and tokens of every domain and split, and what was dropped."""
     from mixwright.data_mixing.store import TokenStore
 
-    print_stats(TokenStore.open(store).manifest)
+    manifest = TokenStore.open(store).manifest
+    if as_json:
+        print_json(stats_of(manifest))
+    else:
+        print_stats(manifest)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "mixwright data show runs/store code 17",
+        "mixwright data show runs/store code 17 --split validation --ids",
+        "mixwright data show runs/store code 17 --json",
+    )
+)
 def show(
     store: StoreFolder,
     domain: Annotated[str, typer.Argument(metavar="DOMAIN")],
     row: Annotated[int, typer.Argument(metavar="ROW")],
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="split of the domain")] = "train",
     ids: Annotated[bool, typer.Option("--ids", help="print token ids instead of text")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print one row as text."""
     from mixwright.data_mixing.store import TokenStore
@@ -71,12 +94,17 @@ def show(
 
     opened = TokenStore.open(store)
     tokens = opened.rows(domain, split, row, 1)[0].tolist()
-    typer.echo(f"{domain} {split} row {row} of {opened.num_rows(domain, split)}, {len(tokens)} tokens", err=True)
-    typer.echo(" ".join(map(str, tokens)) if ids else load_tokenizer(opened.tokenizer_folder).decode(tokens))
+    num_rows, text = opened.num_rows(domain, split), load_tokenizer(opened.tokenizer_folder).decode(tokens)
+    if as_json:
+        place = {"domain": domain, "split": split, "row": row, "num_rows": num_rows}
+        print_json({**place, "tokens": tokens, "text": text})
+        return
+    typer.echo(f"{domain} {split} row {row} of {num_rows}, {len(tokens)} tokens", err=True)
+    typer.echo(" ".join(map(str, tokens)) if ids else text)
 
 
-@app.command()
-def verify(store: StoreFolder) -> None:
+@app.command(epilog=examples("mixwright data verify runs/store", "mixwright data verify runs/store --json"))
+def verify(store: StoreFolder, as_json: AsJson = False) -> None:
     """Read every token and compare it with the manifest; exit code 2 when something differs."""
     from mixwright.data_mixing.store import TokenStore
     from mixwright.data_mixing.verify import verify as verify_store
@@ -89,9 +117,31 @@ def verify(store: StoreFolder) -> None:
             done += check.num_rows
             report("checking", done, total)
             problems += [f"{store}: {check.what}: {check.problem}"] if check.problem else []
+    if as_json:
+        print_json({"rows": total, "fingerprint": opened.fingerprint, "problems": problems})
+        raise typer.Exit(EXIT_REFUSED if problems else 0)
     if problems:
         raise DataError("\n".join(problems))
     typer.echo(f"{store}: {total:,} rows are as recorded; fingerprint {opened.fingerprint}")
+
+
+def stats_of(manifest: Manifest) -> dict[str, Any]:
+    """What `data stats` knows, as plain data."""
+    return {
+        "fingerprint": manifest.fingerprint,
+        "sequence_length": manifest.sequence_length,
+        "vocab_size": manifest.vocab_size,
+        "domains": [
+            {
+                "name": domain.name,
+                "splits": {
+                    name: split.model_dump(mode="json", exclude={"files"}) for name, split in domain.splits.items()
+                },
+                "dropped": domain.dropped,
+            }
+            for domain in manifest.domains
+        ],
+    }
 
 
 def print_stats(manifest: Manifest) -> None:

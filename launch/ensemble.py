@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixwright.launch import ensemble_eval
+from mixwright.launch.help_text import examples
+from mixwright.launch.json_output import print_json
+from mixwright.launch.mix_options import AsJson
 
 if TYPE_CHECKING:
+    from mixwright.launch.console import RunConsole
     from mixwright.launch.ensemble_runs import Perform
     from mixwright.pretrain.ensemble.config import EnsembleConfig, Runs
 
@@ -26,9 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command("eval")(ensemble_eval.evaluate)
-app.command()(ensemble_eval.scaling)
-app.command()(ensemble_eval.soup)
+app.add_typer(ensemble_eval.app)
 
 Config = Annotated[Path, typer.Argument(help="an ensemble configuration, e.g. configs/ensemble.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes, as key.sub=value")]
@@ -37,13 +39,19 @@ Address = Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_A
 Budget = Annotated[float | None, typer.Option(min=0, help="begin no run after so long")]
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "mixwright ensemble tune configs/ensemble/ensemble.yaml --workers 2",
+        "mixwright ensemble tune configs/ensemble/ensemble.yaml --budget-minutes 60 --json",
+    )
+)
 def tune(
     config: Config,
     overrides: Overrides = None,
     workers: Workers = 2,
     address: Address = None,
     budget_minutes: Budget = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find learning rate, weight decay and epochs by coordinate descent, up to a certificate.
 
@@ -53,12 +61,21 @@ def tune(
     from mixwright.launch.ensemble_runs import tune as descend
     from mixwright.launch.ensemble_tables import show_tuning
 
-    with _performing(config, overrides or [], workers, address, budget_minutes) as (settings, runs, perform):
-        record = descend(settings, runs, perform, typer.echo)
-    show_tuning(record, settings, RunConsole(quiet=False))
+    console = RunConsole(quiet=False, to_stderr=as_json)
+    with _performing(config, overrides or [], workers, address, budget_minutes, console) as (settings, runs, perform):
+        record = descend(settings, runs, perform, console.say)
+    if as_json:
+        print_json(record)
+    else:
+        show_tuning(record, settings, console)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "mixwright ensemble train configs/ensemble/ensemble.yaml --members 4",
+        "mixwright ensemble train configs/ensemble/ensemble.yaml --members 8 --address 10.0.0.5:6379",
+    )
+)
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -66,24 +83,33 @@ def train(
     workers: Workers = 2,
     address: Address = None,
     budget_minutes: Budget = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train members that differ in their seeds; each is a run of its own, with journal and checkpoints."""
     from mixwright.launch.console import RunConsole
     from mixwright.launch.ensemble_runs import train_members
     from mixwright.launch.ensemble_tables import show_members
 
-    with _performing(config, overrides or [], workers, address, budget_minutes) as (settings, runs, perform):
+    console = RunConsole(quiet=False, to_stderr=as_json)
+    with _performing(config, overrides or [], workers, address, budget_minutes, console) as (settings, runs, perform):
         results = train_members(settings, runs, members, perform)
-    show_members(results, RunConsole(quiet=False))
+    if as_json:
+        print_json(results)
+    else:
+        show_members(results, console)
 
 
 @contextmanager
 def _performing(
-    path: Path, overrides: list[str], workers: int, address: str | None, budget_minutes: float | None
+    path: Path,
+    overrides: list[str],
+    workers: int,
+    address: str | None,
+    budget_minutes: float | None,
+    console: RunConsole,
 ) -> Iterator[tuple[EnsembleConfig, Runs, Perform]]:
     """The configuration, its runs, and something that performs them."""
     from mixwright.data_mixing.store import TokenStore
-    from mixwright.launch.console import RunConsole
     from mixwright.launch.ensemble_runs import performer
     from mixwright.launch.training_runs import run_map
     from mixwright.pretrain.ensemble.config import Runs, load_ensemble_config
@@ -91,7 +117,7 @@ def _performing(
 
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     settings, base = load_ensemble_config(path, overrides)
-    ensure_store(base, RunConsole(quiet=False))
+    ensure_store(base, console)
     runs = Runs(base, TokenStore.open(base.data.store), settings.warmup_share)
     with run_map(workers, settings.resources, address) as map_:
-        yield settings, runs, performer(map_, settings, typer.echo, deadline)
+        yield settings, runs, performer(map_, settings, console.say, deadline)

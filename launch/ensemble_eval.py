@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mixwright.launch.help_text import examples
+from mixwright.launch.json_output import print_json
+from mixwright.launch.mix_options import AsJson
+
 if TYPE_CHECKING:
     from mixwright.kernels.ensemble_kl import Pooling
     from mixwright.launch.console import RunConsole
@@ -21,6 +25,16 @@ Rows = Annotated[int, typer.Option(min=1, help="test rows of each domain")]
 CalibrationRows = Annotated[int, typer.Option(min=1, help="validation rows of each domain, for temperatures")]
 
 
+app = typer.Typer()
+
+
+@app.command(
+    "eval",
+    epilog=examples(
+        "mixwright ensemble eval runs/ensemble/members --store runs/store",
+        "mixwright ensemble eval runs/exp runs/other/export --store runs/store --pooling arithmetic --rows 64 --json",
+    ),
+)
 def evaluate(
     paths: Paths,
     store: Store,
@@ -31,6 +45,7 @@ def evaluate(
     domains: Annotated[str, typer.Option(help="names, separated by commas (default: all)")] = "",
     subsets: Annotated[int, typer.Option(min=1, help="subsets of one size at most; of more, so many are drawn")] = 64,
     out: Annotated[Path, typer.Option(help="folder of the evaluation")] = Path("runs/ensemble-evaluation"),
+    as_json: AsJson = False,
 ) -> None:
     """Loss of the ensemble by its number of members, at temperature 1 and at the one fitted on validation rows."""
     from mixwright.data_mixing.store import TokenStore
@@ -48,18 +63,30 @@ def evaluate(
         domains=[name.strip() for name in domains.split(",") if name.strip()],
     )
     path = save_evaluation(evaluation, out)
+    if as_json:
+        curves = {"temperature_1": evaluation.curve(fitted=False), "fitted": evaluation.curve(fitted=True)}
+        print_json({"written": path, "pooling": evaluation.pooling, **curves})
+        return
     console = RunConsole(quiet=False)
     for fitted in (False, True):
         show_curve(evaluation, fitted, console)
     console.say(f"written: {path}")
 
 
+@app.command(
+    epilog=examples(
+        "mixwright ensemble scaling runs/ensemble-evaluation",
+        "mixwright ensemble scaling runs/small runs/middle runs/large --standard 2.1e8=3.75 --standard 4.2e8=3.6 "
+        "--tokens 2.1e8 --json",
+    )
+)
 def scaling(
     evaluations: Annotated[list[Path], typer.Argument(help="folders of `mixwright ensemble eval`")],
     standard: Annotated[list[str] | None, typer.Option(help="TOKENS=LOSS of the standard recipe, repeated")] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="unique training tokens of the ensembles")] = None,
     temperature_1: Annotated[bool, typer.Option(help="losses at temperature 1, not at the fitted one")] = False,
     out: Annotated[Path, typer.Option(help="picture")] = Path("ensemble_scaling.png"),
+    as_json: AsJson = False,
 ) -> None:
     """Fit L = E + A / K^alpha over members, and over parameters given three ensembles; how much text that is worth."""
     from mixwright.launch.console import RunConsole
@@ -71,12 +98,22 @@ def scaling(
         [load_evaluation(path) for path in evaluations], fitted=not temperature_1, standard=_points(standard or []),
         tokens=tokens,
     )  # fmt: skip
+    draw_scaling(found, out)
+    if as_json:
+        laws = {"laws": found.laws, "predictions": found.predictions, "over_parameters": found.over_parameters}
+        print_json({**laws, "standard": found.standard, "written": out})
+        return
     console = RunConsole(quiet=False)
     show_scaling(found, console)
-    draw_scaling(found, out)
     console.say(f"written: {out}")
 
 
+@app.command(
+    epilog=examples(
+        "mixwright ensemble soup runs/branch-a runs/branch-b --store runs/store --out runs/soup",
+        "mixwright ensemble soup runs/branch-a runs/branch-b --store runs/store --out runs/soup --uniform --json",
+    )
+)
 def soup(
     paths: Paths,
     store: Store,
@@ -86,6 +123,7 @@ def soup(
     assume_one_origin: Annotated[
         bool, typer.Option(help="for models that do not say what they were trained from")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Average the parameters of branches of one checkpoint; members of different seeds are refused."""
     from mixwright.data_mixing.store import TokenStore
@@ -98,6 +136,9 @@ def soup(
     score = validation_loss(members[0], TokenStore.open(store), rows)
     found = (greedy_soup if greedy else uniform_soup)(members, score)
     write_soup(found, members[0], out)
+    if as_json:
+        print_json({"taken": found.taken, "loss": found.loss, "singles": found.singles, "written": out})
+        return
     console = RunConsole(quiet=False)
     table = [[name, f"{loss:.4f}", "yes" if name in found.taken else ""] for name, loss in found.singles]
     console.table("validation loss (nats per token)", ["member", "alone", "in the soup"], table)

@@ -15,6 +15,8 @@ from pydantic import Field
 
 from mixwright.data_mixing.config_file import StrictModel, load_config
 from mixwright.data_mixing.errors import ConfigError, nearest
+from mixwright.launch.json_output import print_json
+from mixwright.launch.mix_options import AsJson
 
 if TYPE_CHECKING:
     from mixwright.launch.proxy_tasks import Tell
@@ -44,6 +46,7 @@ def fit(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the policy here (default: print it)")] = None,
     workers: Annotated[int, typer.Option(min=0, help="runs at a time as Ray tasks; 0: here, one by one")] = 2,
     address: Annotated[str | None, typer.Option(help="a Ray cluster (default: RAY_ADDRESS, else a local Ray)")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Learn a mixture, or what a policy needs, from short runs. Finished runs are kept and used again."""
     from mixwright.launch.proxy_tasks import executor
@@ -55,13 +58,20 @@ def fit(
         (fitted,) = drive([begun], execute)
     _show(fitted)
     text = yaml.safe_dump(fitted.document, sort_keys=False)
-    if out is None:
+    if out is not None:
+        _write(out, text)
+    if as_json:
+        figures = {"runs": len(fitted.records), "tokens": fitted.tokens, "figures": fitted.figures}
+        print_json({"policy": fitted.document, **figures, "written": out})
+    elif out is None:
         typer.echo(text, nl=False)
-        return
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        out.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_problem(settings: FitConfig, path: Path) -> Problem:

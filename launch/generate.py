@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mixwright.launch.json_output import print_json
+from mixwright.launch.mix_options import AsJson
 
 if TYPE_CHECKING:
     from mixwright.pretrain.ensemble.member import Member
@@ -23,25 +26,37 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 1.0,
     pooling: Annotated[str, typer.Option(help="of the ensemble: logits or arithmetic")] = "logits",
     seed: Annotated[int, typer.Option(min=0, help="of the random numbers")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Print samples of models, and of an ensemble of them, one after the other with their names."""
-    from rich.console import Console
-    from rich.rule import Rule
-    from rich.text import Text
-
     from mixwright.data_mixing.errors import ConfigError
     from mixwright.launch.ensemble_eval import find_members
 
     together = find_members([Path(part.strip()) for part in ensemble.split(",") if part.strip()], None)
     if ensemble and not together:
         raise ConfigError(f"--ensemble {ensemble!r}: names no members")
-    console = Console(highlight=False, soft_wrap=True)
     groups = [(member.name, [member]) for member in find_members(models, None)]
     if together:
         groups.append((f"ensemble of {len(together)}", together))
-    for name, members in groups:
+    samples = (
+        (name, continuations(members, prompt, num, tokens, temperature, pooling, seed)) for name, members in groups
+    )
+    if as_json:
+        print_json([{"model": name, "texts": texts} for name, texts in samples])
+    else:
+        _print(samples)
+
+
+def _print(samples: Iterable[tuple[str, list[str]]]) -> None:
+    """Each model's name, and below it what it writes, as soon as it is written."""
+    from rich.console import Console
+    from rich.rule import Rule
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for name, texts in samples:
         console.print(Rule(Text(name)))
-        for number, text in enumerate(continuations(members, prompt, num, tokens, temperature, pooling, seed), start=1):
+        for number, text in enumerate(texts, start=1):
             # What a model writes is text, never markup.
             console.print(Text(f"[{number}] {text}"))
 

@@ -5,16 +5,15 @@ Works from the run's folder and its token store alone. `hard_samples` is registe
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mixwright.data_mixing.errors import ConfigError, nearest
+from mixwright.launch.json_output import print_json
 from mixwright.launch.mix_options import AsJson, Run
 
 # Commands import what they need when they run: `mixwright --help` should not wait for pyarrow.
@@ -67,9 +66,9 @@ def hard_samples(
     plan = open_history(run_dir)[1].plan()
     log = _between(read_row_log(row_log_folder(run_dir)), first_step, last_step)
     hard = _hard(log, plan, by, count, domain)
-    rows = _with_text(hard, plan, _store_folder(run_dir) if store is None else store, characters)
+    rows = _with_text(hard, plan, store_folder(run_dir) if store is None else store, characters)
     if as_json:
-        typer.echo(json.dumps([_json_row(row) for row in rows]))
+        print_json(rows)
     elif rows:
         _print_table(rows, f"run {run_dir.name}: {by}, of {len(log):,} logged rows")
     else:
@@ -103,7 +102,8 @@ def _hard(log: RowLog, plan: Plan, by: Ranking, count: int, domain: str | None) 
     return ranked(last_readings(rows), by, count)
 
 
-def _store_folder(run_dir: Path) -> Path:
+def store_folder(run_dir: Path) -> Path:
+    """The run's token store, by its config.yaml; raises ConfigError."""
     from mixwright.data_mixing.config_file import load_config
     from mixwright.pretrain.config import PretrainConfig
 
@@ -135,14 +135,6 @@ def _with_text(rows: LoggedRows, plan: Plan, store_folder: Path, characters: int
         )
         for i, tokens_W in enumerate(tokens_NW)
     ]
-
-
-def _json_row(row: HardRow) -> dict[str, Any]:
-    """The row as JSON has it, which knows no NaN: null where the loss or weight is not finite."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in asdict(row).items()
-    }
 
 
 def _print_table(rows: Sequence[HardRow], title: str) -> None:

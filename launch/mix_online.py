@@ -6,32 +6,59 @@ otherwise than the journal says.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
 from mixwright.data_mixing.errors import ConfigError, nearest
+from mixwright.launch.ending import EXIT_NOT_WELL
+from mixwright.launch.help_text import examples
+from mixwright.launch.json_output import print_json
 from mixwright.launch.mix_options import ANSWER_TIMEOUT_S, AsJson, Author, Run, Timeout, Why, user_name
 
-EXIT_DIFFERENT = 1
+app = typer.Typer()
 
 Lsn = Annotated[int, typer.Argument(metavar="ENTRY", help="journal entry")]
 
 
-def hold(run: Run = None, why: Why = None, author: Author = None, timeout: Timeout = ANSWER_TIMEOUT_S) -> None:
+@app.command(epilog=examples("mixwright mix hold --why 'losses look odd'", "mixwright mix hold --run runs/exp"))
+def hold(
+    run: Run = None,
+    why: Why = None,
+    author: Author = None,
+    timeout: Timeout = ANSWER_TIMEOUT_S,
+    as_json: AsJson = False,
+) -> None:
     """Keep the mixture of the online policy in force from its next decision on, until `mix resume`."""
     lsn = _pause(run, True, why, author, timeout)
-    typer.echo(f"decisions are held (entry {lsn}): the mixture stays from the next decision on")
+    text = f"decisions are held (entry {lsn}): the mixture stays from the next decision on"
+    _answer({"lsn": lsn, "held": True}, text, as_json)
 
 
-def resume(run: Run = None, why: Why = None, author: Author = None, timeout: Timeout = ANSWER_TIMEOUT_S) -> None:
+@app.command(epilog=examples("mixwright mix resume --run runs/exp --why 'it was the logger'"))
+def resume(
+    run: Run = None,
+    why: Why = None,
+    author: Author = None,
+    timeout: Timeout = ANSWER_TIMEOUT_S,
+    as_json: AsJson = False,
+) -> None:
     """Let the online policy decide again."""
-    typer.echo(f"decisions go on (entry {_pause(run, False, why, author, timeout)})")
+    lsn = _pause(run, False, why, author, timeout)
+    _answer({"lsn": lsn, "held": False}, f"decisions go on (entry {lsn})", as_json)
 
 
+@app.command(
+    epilog=examples("mixwright mix rollback 4", "mixwright mix rollback 4 --run runs/exp --why 'it was better'")
+)
 def rollback(
-    lsn: Lsn, run: Run = None, why: Why = None, author: Author = None, timeout: Timeout = ANSWER_TIMEOUT_S
+    lsn: Lsn,
+    run: Run = None,
+    why: Why = None,
+    author: Author = None,
+    timeout: Timeout = ANSWER_TIMEOUT_S,
+    as_json: AsJson = False,
 ) -> None:
     """Submit an earlier policy again: its document, or, of a decision, its mixture for the rest of the run."""
     from mixwright.data_mixing.client import MixingClient
@@ -40,9 +67,10 @@ def rollback(
     client = MixingClient(find_run(run), timeout)
     answer = client.roll_back(lsn, author=user_name() if author is None else author, why=why or "")
     lines = [f"policy {answer['lsn']} is accepted: back to policy {lsn}", *answer["remarks"]]
-    typer.echo("\n  ".join(lines))
+    _answer(answer, "\n  ".join(lines), as_json)
 
 
+@app.command(epilog=examples("mixwright mix replay-policy --run runs/exp", "mixwright mix replay-policy 23 --json"))
 def replay_policy(
     lsn: Annotated[int | None, typer.Argument(metavar="[ENTRY]", help="a DECISION (default: all of them)")] = None,
     run: Run = None,
@@ -66,14 +94,21 @@ def replay_policy(
             policy = history.policies[decision.policy_lsn]
             found[number] = differences(decision, recompute(decision, policy, history.genesis))
     if as_json:
-        typer.echo(json.dumps([{"lsn": number, "differences": lines} for number, lines in found.items()]))
+        print_json([{"lsn": number, "differences": lines} for number, lines in found.items()])
     else:
         for number, lines in found.items():
             typer.echo("\n  ".join([f"decision {number}: {'differs' if lines else 'the same'}", *lines]))
         if not found:
             typer.echo(f"run {run_dir.name!r} has no decision of an online policy")
     if any(found.values()):
-        raise typer.Exit(EXIT_DIFFERENT)
+        raise typer.Exit(EXIT_NOT_WELL)
+
+
+def _answer(answer: Mapping[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+    else:
+        typer.echo(text)
 
 
 def _pause(run: Run, held: bool, why: str | None, author: str | None, timeout: float) -> int:

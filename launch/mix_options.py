@@ -14,7 +14,7 @@ Run = Annotated[
     Path | None,
     typer.Option("--run", metavar="RUN_DIR", help="the run's folder (default: the only live one in ./runs)"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON value and nothing else")]
 PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="a policy document (YAML)")]
 Author = Annotated[str | None, typer.Option(help="who wants it, for the journal (default: your user name)")]
 Why = Annotated[str | None, typer.Option(help="why, for the journal")]

@@ -32,12 +32,15 @@ from mixwright.data_mixing.journal import read_entries
 from mixwright.data_mixing.service import (
     ServiceRecord,
     State,
+    check_listening,
     host_lock,
     is_watched_alive,
+    listen_address,
     read_record,
     write_record,
 )
 from mixwright.launch import ray_environment
+from mixwright.launch.metrics_endpoint import MetricsPage, MetricsServer
 
 logger = logging.getLogger("mixing_host")
 
@@ -60,7 +63,9 @@ LONGEST_TEMPORARY_ROOT = 28
 class MixingHost:
     """Starts, watches and ends the service of one run. Holds the run's service lock while it works."""
 
-    def __init__(self, run_dir: Path, address: str | None, is_watched: bool, grace_s: float) -> None:
+    def __init__(
+        self, run_dir: Path, address: str | None, is_watched: bool, grace_s: float, metrics: tuple[str, int] | None
+    ) -> None:
         self._run_dir, self._is_watched, self._grace_s = run_dir, is_watched, grace_s
         self._address = None if address in (None, "", "local") else address
         self._holder = f"controller-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -74,10 +79,12 @@ class MixingHost:
             watched=is_watched,
         )
         self._actor: Any = None
+        self._metrics_address, self._metrics = metrics, MetricsPage(run_dir)
 
     def serve(self) -> int:
         """Provide the service until there is a reason to end; returns the exit code."""
         self._install_signals()
+        self._open_metrics()
         previous = read_record(self._run_dir)
         self._write("starting")
         if previous is not None and previous.private:
@@ -86,6 +93,7 @@ class MixingHost:
             self._start()
             self._install_signals()  # ray.init has put its own in their place
             self._write("ready")
+            self._metrics.is_up = True
             logger.info("ready at %s as %s", self._record.address, self._holder)
             reason = self._watch()
         except MixingError as error:
@@ -95,6 +103,18 @@ class MixingHost:
             reason = "it was told to end"
         logger.info("ends: %s", reason)
         return self._end("stopped", reason)
+
+    def _open_metrics(self) -> None:
+        """Answer Prometheus from now on, when asked to. The service goes on without when that cannot be."""
+        if self._metrics_address is None:
+            return
+        try:
+            server = MetricsServer(self._metrics, *self._metrics_address)
+        except ServiceUnavailable as error:
+            logger.error("%s", error)
+            return
+        self._record = self._record.model_copy(update={"metrics": server.url})
+        logger.info("metrics at %s", server.url)
 
     def _install_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -158,6 +178,7 @@ class MixingHost:
                 continue
             pinged = now
             is_over = self._ping()
+            self._metrics.is_up = is_over is not None
             healthy = now if is_over is not None else healthy
             going_on = now if not is_over else going_on
             if now - going_on > self._grace_s:
@@ -171,9 +192,11 @@ class MixingHost:
         from mixwright.data_mixing import controller
 
         if self._record.private:
-            controller.check_listening(self._record.address, PING_TIMEOUT_S)
+            check_listening(self._record.address, PING_TIMEOUT_S)
         try:
-            return bool(controller.call(self._actor, "ping", {}, PING_TIMEOUT_S)["is_over"])
+            pong = controller.call(self._actor, "ping", {}, PING_TIMEOUT_S)
+            self._metrics.append_seconds = pong.get("append_seconds")
+            return bool(pong["is_over"])
         except MixingError as error:
             logger.warning("%s", error)
         newest = self._lease_holder()
@@ -253,6 +276,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--address", help="a Ray cluster HOST:PORT, auto, or local (default: RAY_ADDRESS, else local)")
     parser.add_argument("--watch", action="store_true", help="end when the trainer in service.watch is gone")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds to outlive the trainer or the run")
+    parser.add_argument("--metrics", metavar="[HOST:]PORT", type=listen_address, help="answer Prometheus there")
     return parser.parse_args(arguments)
 
 
@@ -267,7 +291,7 @@ def main() -> int:
             logger.info("%s has a mixing service already", run_dir)
             return 0
         address = arguments.address or os.environ.get("RAY_ADDRESS")
-        code = MixingHost(run_dir, address, arguments.watch, arguments.grace).serve()
+        code = MixingHost(run_dir, address, arguments.watch, arguments.grace, arguments.metrics).serve()
         logging.shutdown()
         # Not through the interpreter's exit handlers: Ray's would wait for a broken cluster.
         os._exit(code)

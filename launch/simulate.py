@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixwright.data_mixing.config_file import load_config, read_yaml
+from mixwright.launch.json_output import print_json
+from mixwright.launch.mix_options import AsJson
 
 if TYPE_CHECKING:
     from mixwright.data_mixing.regret import Regret
@@ -24,7 +24,7 @@ def simulate(
     policies: Annotated[list[Path], typer.Argument(metavar="POLICY...", help="policy documents (YAML)")],
     world: Annotated[Path, typer.Option("--world", help="a world (YAML); configs/worlds has some")],
     seeds: Annotated[int, typer.Option(min=1, help="runs of each policy, each in another world of the kind")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Regret of policies in a synthetic world, beside reading all domains alike. Takes seconds."""
     from mixwright.data_mixing.regret import best_fixed_regret, compare
@@ -36,8 +36,7 @@ def simulate(
     results = compare(documents, settings, seeds)
     seconds, best_fixed = time.perf_counter() - began, best_fixed_regret(settings, seeds)
     if as_json:
-        rows = [dataclasses.asdict(result) for result in results]
-        typer.echo(json.dumps({"world": world.stem, "best_fixed": best_fixed, "policies": rows}))
+        print_json({"world": world.stem, "best_fixed": best_fixed, "policies": results})
         return
     _show(world.stem, settings, results, best_fixed, seconds)
 

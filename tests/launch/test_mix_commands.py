@@ -288,7 +288,7 @@ def test_plan_trace_finds_the_step_that_plan_show_shows(trainer: TrainerSide, mi
 
 
 def test_waiting_for_a_commit_returns_its_effective_step(trainer: TrainerSide) -> None:
-    from mixwright.launch.mix import wait_for_commit
+    from mixwright.launch.mix_submit import wait_for_commit
 
     lsn = trainer.journal.append(accept({"kind": "static", "mixture": {"wiki": 1}}, trainer.genesis)).lsn
     committing = threading.Timer(0.5, trainer.commit, (lsn, 44))
@@ -299,7 +299,7 @@ def test_waiting_for_a_commit_returns_its_effective_step(trainer: TrainerSide) -
 
 def test_waiting_ends_when_the_policy_is_withdrawn_the_run_ends_or_time_is_up(trainer: TrainerSide) -> None:
     from mixwright.data_mixing.errors import PolicyRejected, ServiceUnavailable
-    from mixwright.launch.mix import wait_for_commit
+    from mixwright.launch.mix_submit import wait_for_commit
 
     lsn = trainer.journal.append(accept({"kind": "static", "mixture": {"wiki": 1}}, trainer.genesis)).lsn
     started = time.monotonic()

@@ -1,0 +1,1 @@
+"""`mixwright dashboard`: runs in a browser, from their journals and metrics alone, live and afterwards."""

@@ -1,0 +1,32 @@
+"""What `--json` prints: one JSON value on standard output and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON. Dataclasses and models become objects, paths strings; a number that is not finite is null."""
+    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it, which knows no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump(mode="json"))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,36 @@
+"""What a policy would do if it were submitted now: `mix submit --dry-run` and the dashboard's preview."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mixwright.data_mixing.acceptance import accept
+from mixwright.data_mixing.deciding import cost_remarks
+from mixwright.data_mixing.forecast import Forecast, MixtureChange, expected_commits, forecast, mixture_change, remarks
+from mixwright.data_mixing.history import RunHistory
+
+
+@dataclass(frozen=True)
+class Preview:
+    """`step` is an estimate of the effective step; `forecast` goes from there to the run's end."""
+
+    step: int
+    changes: list[MixtureChange]
+    forecast: Forecast
+    remarks: list[str]
+
+
+def preview_of(history: RunHistory, document: dict[str, Any]) -> Preview:
+    """The mixture beside the one in force, the forecast, and remarks. Raises PolicyRejected as a submission would."""
+    genesis, lsn = history.genesis, history.last_lsn + 1
+    before = expected_commits(history)
+    policy = accept(document, genesis, history=history)
+    after = expected_commits(history, (lsn, policy))
+    step = next(commit.effective_step for commit in after if commit.lsn == lsn)
+    return Preview(
+        step=step,
+        changes=mixture_change(genesis, before, after, step),
+        forecast=forecast(genesis, after, step, genesis.num_steps),
+        remarks=remarks(genesis, after, lsn) + cost_remarks(policy, genesis),
+    )
