@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart test lint format types check bench bench-kernels bench-data clean
+.PHONY: help install quickstart test lint format types check bench bench-kernels bench-data bench-rpo bench-dashboard clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -68,6 +68,12 @@ bench-kernels: install  ## loss kernels beside plain torch
 	$(BIN)/python -m mixwright.kernels.bench
 	$(BIN)/python -m mixwright.kernels.bench_distillation
 	$(BIN)/python -m tests.benchmarks.bench_head
+
+bench-rpo: install  ## a step of preference optimisation beside TRL's DPOTrainer
+	$(BIN)/python -m tests.benchmarks.bench_rpo
+
+bench-dashboard: install  ## first paint and panels on a run of 100,000 steps
+	$(BIN)/python -m tests.benchmarks.bench_dashboard
 
 clean:  ## remove the virtual environment and caches; runs are kept
 	rm -rf $(VENV) .typecheck .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
