@@ -98,11 +98,11 @@ def preview(run_dir: Path, document: dict[str, Any], as_json: bool) -> None:
 
     found = preview_of(open_history(run_dir)[1], document)
     if as_json:
-        mixture = {"step": found.step, "mixture": found.changes, "remarks": found.remarks}
-        print_json({**mixture, "forecast": found.forecast})
+        tree = {"step": found.step, "mixture": found.changes, "remarks": found.remarks, "forecast": found.forecast}
+        print_json(tree)
         return
-    tables = mix_tables.change_view(found.changes, found.step), mix_tables.forecast_view(found.forecast)
-    mix_tables.console().print(*tables)
+    change, outlook = mix_tables.change_view(found.changes, found.step), mix_tables.forecast_view(found.forecast)
+    mix_tables.console().print(change, outlook)
     for note in found.remarks:
         typer.echo(note)
     typer.echo("nothing was submitted (--dry-run); the effective step is an estimate")

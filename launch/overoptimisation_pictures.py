@@ -53,8 +53,8 @@ def _over_distance(title: str) -> Panel:
     def panel(axis: Any, arms: Mapping[str, Arm]) -> None:
         for arm, color in _coloured(sweep_of(arms)):
             distance = np.sqrt(arm.curves("kl").mean(axis=0))
-            reward, error = _mean_and_error(arm.curves("reward"))
-            axis.errorbar(distance, reward, yerr=error, color=color, linewidth=1.5, elinewidth=0.7)
+            reward, _ = _mean_and_error(arm.curves("reward"))
+            axis.plot(distance, reward, color=color)
             axis.plot(distance[-1:], reward[-1:], "o", color=color)
         _with_reference(axis, arms)
         axis.set_xlabel("square root of KL(policy || reference), nats; dot: end of training")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +28,7 @@ from mixwright.launch.overoptimisation_findings import (
 from mixwright.launch.overoptimisation_pictures import draw
 from mixwright.launch.overoptimisation_study import OveroptimisationStudy, Part
 from mixwright.launch.study_report import markdown
+from mixwright.pretrain.rpo.bandit import draw_bandit, landmarks
 
 Column = tuple[str, Callable[[Arm], str]]
 Tables = list[tuple[str, list[str], list[list[str]]]]
@@ -165,15 +167,23 @@ def _verdicts(study: OveroptimisationStudy) -> list[str]:
     return lines
 
 
+def _landmarks(study: OveroptimisationStudy) -> str:
+    """Rewards of the policies that the bandit's curves are read against, means over its seeds."""
+    world, seeds = study.config.bandit.world, study.seeds("bandit")
+    each = [landmarks(draw_bandit(world, seed)) for seed in seeds]
+    return ", ".join(f"{name} {np.mean([one[name] for one in each]):.2f}" for name in each[0])
+
+
 def _preface(study: OveroptimisationStudy) -> str:
     records = [record for arms in study.records.values() for seeds in arms.values() for record in seeds.values()]
     minutes = sum(record.seconds for record in {record.key: record for record in records}.values()) / 60
-    gold = study.config.gold.world
+    gold, marks = study.config.gold.world, _landmarks(study)
     return (
         "Written by `python launch/study.py overoptimisation`; how it is done and what it is not: docs/studies.md. "
         "Means over seeds with standard errors. `drop` is from the peak to the end of training. In the language the "
         f"reward is estimated on {gold.num_samples:,} samples, the step of the peak is chosen on as many others; KL is "
         "KL(policy || reference) of whole responses in nats, on the policy's own samples. Accuracy is that of implicit "
-        "rewards on training pairs unless it says otherwise. log p is of whole answers, on mathematics per token. All "
+        "rewards on training pairs unless it says otherwise. log p is of whole answers, on mathematics per token. "
+        f"Rewards in the bandit: {marks}. All "
         f"trials together took {minutes:.0f} minutes of a process each, on a machine that did other work too."
     )

@@ -20,7 +20,6 @@ from mixwright.launch.json_output import print_json
 from mixwright.launch.mix_options import AsJson
 
 if TYPE_CHECKING:
-    from mixwright.launch.job_manifest import JobManifest
     from mixwright.launch.jobs_api import Job, JobsApi
 
 app = typer.Typer(
@@ -80,14 +79,15 @@ def _stage(stage: StageName, example: str, description: str) -> None:
         from mixwright.launch.job_manifest import Resources, make_manifest
         from mixwright.launch.jobs_api import connect
         from mixwright.launch.supervise import Limits
-        from mixwright.launch.supervisor import Supervisor
+        from mixwright.launch.supervisor import Supervisor, find_or_send_patiently
 
         resources = Resources(ranks=workers, cpus_per_rank=cpus_per_worker, gpus_per_rank=gpus_per_worker)
         manifest = make_manifest(stage, config, overrides or [], resources, retries, stop_seconds)
         manifest.to_environment()  # raises when it is too large, before anything is sent
         api = connect(address)
         if detach:
-            _submit_once(api, manifest, python)
+            sent = find_or_send_patiently(api, manifest, python)
+            typer.echo(sent.name if not sent.status else f"{sent.name}  (already {sent.status})")
             return
         limits = Limits(restarts=restarts, stall_s=stall_minutes * 60, unreachable_s=unreachable_minutes * 60)
         raise typer.Exit(Supervisor(api, manifest, python, limits, _print).run())
@@ -100,18 +100,6 @@ _stage(
     "configs/ensemble/distill.yaml",
     "Distil teachers into a student on a cluster, what comes before its first step included.",
 )
-
-
-def _submit_once(api: JobsApi, manifest: JobManifest, python: str) -> None:
-    from mixwright.launch.supervisor import attempt_of, find_live, jobs_of_run, send
-
-    jobs = jobs_of_run(api, manifest.run)
-    live = find_live(jobs, manifest)
-    if live is not None:
-        typer.echo(f"{live.submission_id}  (already {live.status.lower()})")
-        return
-    attempt = max([1, *(attempt_of(job) + 1 for job in jobs)])
-    typer.echo(send(api, manifest, attempt, python))
 
 
 @app.command(

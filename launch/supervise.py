@@ -95,11 +95,6 @@ def decide(course: Course, sight: Sight, limits: Limits) -> tuple[Course, Action
     return _after(course, sight, limits)
 
 
-def adopted(course: Course, attempt: int) -> Course:
-    """The course with a job that was found running in the place of one to send."""
-    return replace(course, attempt=attempt, is_submitted=True)
-
-
 def postponed(course: Course, now: float, limits: Limits) -> Course:
     """The course after a submission that did not reach the cluster."""
     return replace(course, attempt=course.attempt - 1, is_submitted=False, due=now + limits.first_pause_s)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.launch.cluster_rank import INTERRUPTED
@@ -17,9 +17,10 @@ from mixwright.launch.ending import EXIT_CTRL_C
 from mixwright.launch.job_log import JobLog, progress_of
 from mixwright.launch.job_manifest import JobManifest, submission_id
 from mixwright.launch.jobs_api import ClusterUnreachable, Job, JobsApi
-from mixwright.launch.supervise import Action, Course, Limits, Sight, adopted, decide, postponed
+from mixwright.launch.supervise import Action, Course, Limits, Sight, decide, postponed
 
 LOOK_INTERVAL_S = 2.0
+START_TIMEOUT_S = 60.0
 RUN, STAGE, ATTEMPT, DIGEST = "mixwright_run", "mixwright_stage", "mixwright_attempt", "mixwright_manifest"
 """Metadata of our jobs."""
 
@@ -35,19 +36,44 @@ def attempt_of(job: Job) -> int:
     return int(job.metadata.get(ATTEMPT, "0"))
 
 
-def find_live(jobs: Iterable[Job], manifest: JobManifest) -> Job | None:
-    """The job that performs this manifest now. Raises ConfigError when the run is performed as something else."""
+@dataclass(frozen=True)
+class Sent:
+    """A job of a run: sent now, or found (`status`), an earlier supervisor's or one whose answer did not come."""
+
+    name: str
+    attempt: int
+    status: str = ""
+
+
+def find_or_send(api: JobsApi, manifest: JobManifest, python: str, attempt: int = 1) -> Sent:
+    """The run's live job, or a new one with a number that none has had. Raises ServiceUnavailable, ConfigError."""
+    jobs = jobs_of_run(api, manifest.run)
     live = next((job for job in jobs if job.is_live), None)
-    if live is not None and live.metadata.get(DIGEST) != manifest.digest:
+    if live is None:
+        attempt = max([attempt, *(attempt_of(job) + 1 for job in jobs)])
+        return Sent(_send(api, manifest, attempt, python), attempt)
+    if live.metadata.get(DIGEST) != manifest.digest:
         raise ConfigError(
             f"run {manifest.run} is under way as job {live.submission_id} with another configuration or other "
             f"resources; stop it with `mixwright submit stop {manifest.run}`, or choose another run.name"
         )
-    return live
+    return Sent(live.submission_id, attempt_of(live), live.status.lower())
 
 
-def send(api: JobsApi, manifest: JobManifest, attempt: int, python: str) -> str:
-    """Submit one attempt; returns its submission id. Raises ServiceUnavailable, ConfigError."""
+def find_or_send_patiently(api: JobsApi, manifest: JobManifest, python: str) -> Sent:
+    """`find_or_send` to a head that may have been started a moment ago: it lists jobs before it takes any."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return find_or_send(api, manifest, python)
+        except ClusterUnreachable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_INTERVAL_S)
+
+
+def _send(api: JobsApi, manifest: JobManifest, attempt: int, python: str) -> str:
+    """Submit one attempt; returns its submission id."""
     name = submission_id(manifest.run, attempt)
     environment = {
         **manifest.to_environment(),
@@ -108,19 +134,15 @@ class Supervisor:
         return self._submit(course) if action.kind == "submit" else course
 
     def _submit(self, course: Course) -> Course:
-        """Send the next attempt, unless one is running: an earlier supervisor's, or one whose answer did not come."""
-        jobs = jobs_of_run(self._api, self._manifest.run)
-        live = find_live(jobs, self._manifest)
-        if live is not None:
-            course, self._name = adopted(course, attempt_of(live)), live.submission_id
-            self._say(f"following job {self._name}, which is {live.status.lower()}")
-        else:
-            attempt = max([course.attempt, *(attempt_of(job) + 1 for job in jobs)])
-            self._name = send(self._api, self._manifest, attempt, self._python)
-            course = replace(course, attempt=attempt)
-            self._say(f"submitted job {self._name} to {self._api.url}")
-        self._log, self._seen = JobLog(self._api, self._name), Sight(now=0.0)
-        return course
+        sent = find_or_send(self._api, self._manifest, self._python, course.attempt)
+        self._name = sent.name
+        self._say(
+            f"following job {sent.name}, which is {sent.status}"
+            if sent.status
+            else f"submitted job {sent.name} to {self._api.url}"
+        )
+        self._log, self._seen = JobLog(self._api, sent.name), Sight(now=0.0)
+        return replace(course, attempt=sent.attempt)
 
     def _look(self, course: Course) -> Sight:
         """What there is to see now; lines of the log are printed on the way."""

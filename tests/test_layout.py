@@ -73,6 +73,15 @@ def test_package_dir_maps_each_room_to_its_folder() -> None:
     assert pyproject()["tool"]["setuptools"]["package-dir"] == {f"mixwright.{room}": room for room in ROOMS}
 
 
+def test_files_that_are_no_python_travel_with_their_package() -> None:
+    data = pyproject()["tool"]["setuptools"]["package-data"]
+    folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("static/*")}
+    assert folders == {ROOT / "launch" / "dashboard" / "static"}
+    for folder in folders:
+        package = ".".join(("mixwright", *folder.parent.relative_to(ROOT).parts))
+        assert f"{folder.name}/*" in data[package]
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_point_one_way(room: str) -> None:
     wrong = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,8 @@ from mixwright.launch.dashboard.run_view import RunView, encode, tag_of
 STATIC = Path(__file__).parent / "static"
 MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8",
                ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}  # fmt: skip
+logger = logging.getLogger(__name__)
+
 FOLLOW_INTERVAL_S = 0.5
 COUNT_EVERY = 50
 MAX_EVENTS_PER_PAGE = 200
@@ -67,13 +70,25 @@ def follow(views: Sequence[RunView], stopping: threading.Event) -> None:
     """Read what is new in every run, all of it when it is much, until told to stop."""
     turn = 0
     while not stopping.is_set():
-        found = [view.advance() for view in views]
+        found = [_advance(view) for view in views]
         if turn % COUNT_EVERY == 0:
             for view in views:
                 view.count_left()
         turn += 1
         if not any(found):
             stopping.wait(FOLLOW_INTERVAL_S)
+
+
+def _advance(view: RunView) -> bool:
+    """Read on; a run that cannot be read says why on its page and stops no other."""
+    if view.has_given_up:
+        return False
+    try:
+        return view.advance()
+    except Exception as error:  # whatever it is, people should see it where they look
+        logger.exception("%s cannot be followed", view.run_dir)
+        view.give_up(one_line(error))
+        return False
 
 
 def _add_errors(app: FastAPI) -> None:

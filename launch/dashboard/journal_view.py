@@ -126,6 +126,15 @@ class JournalView:
         Called once everything that was written is read: a plan that knows when a mixture ends derives it ten times
         faster than one that learns of each commit after the other.
         """
+        if self.problem and not self._waiting:
+            return False
+        try:
+            return self._derive(limit)
+        except MixingError as error:
+            self.problem = str(error)
+            return False
+
+    def _derive(self, limit: int) -> bool:
         self._catch_up_plan()
         windows = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
         if windows:

@@ -20,6 +20,8 @@ from mixwright.launch.dashboard.run_view import RunView
 from mixwright.launch.dashboard.series import Buckets, Curve, plain
 
 POINTS = 480
+MAX_NUMBERS = 12_000
+"""Of one table of curves: with many domains each has fewer points, so that an answer stays small."""
 Z_95 = 1.96
 Tree = dict[str, Any]
 
@@ -87,7 +89,8 @@ def _newest(buckets: Buckets) -> list[float | None] | None:
 def mixture(view: RunView) -> Tree:
     """Requested and realised shares over steps, the gap in rows, and where commits are."""
     journal = view.journal
-    requested, realised = journal.requested.curve(POINTS), journal.realised.curve(POINTS)
+    points = points_of(journal)
+    requested, realised = journal.requested.curve(points), journal.realised.curve(points)
     commits = [
         [commit.effective_step, commit.lsn, str(commit.policy.document.get("kind", "?")), commit.policy.author]
         for commit in journal.history.commits
@@ -98,15 +101,16 @@ def mixture(view: RunView) -> Tree:
         "requested_steps": requested.step_P.tolist(),
         "requested": plain(requested.mean_PC.T, 4),
         "largest_gap_rows": _largest_gap(requested, realised),
-        "bucket_steps": realised_width(journal),
+        "bucket_steps": journal.realised.width,
         "names": [domain.name for domain in journal.history.genesis.domains] if journal.history.has_genesis else [],
         "commits": commits,
     }
 
 
-def realised_width(journal: JournalView) -> int:
-    """Steps that one bucket of the mixture stands for."""
-    return journal.realised.width
+def points_of(journal: JournalView) -> int:
+    """Points of a curve of each domain."""
+    num_domains = len(journal.history.genesis.domains) if journal.history.has_genesis else 1
+    return max(min(POINTS, MAX_NUMBERS // num_domains), 60)
 
 
 def _largest_gap(requested: Curve, realised: Curve) -> float | None:
@@ -123,13 +127,13 @@ def losses(view: RunView) -> Tree:
     names = [domain.name for domain in view.journal.history.genesis.domains] if view.journal.history.has_genesis else []
     return {
         "names": names,
-        "train": _loss_curves(view.journal.train),
-        "validation": _loss_curves(view.journal.validation),
+        "train": _loss_curves(view.journal.train, points_of(view.journal)),
+        "validation": _loss_curves(view.journal.validation, points_of(view.journal)),
     }
 
 
-def _loss_curves(buckets: Buckets) -> Tree:
-    curve = buckets.curve(POINTS)
+def _loss_curves(buckets: Buckets, points: int) -> Tree:
+    curve = buckets.curve(points)
     with np.errstate(invalid="ignore", divide="ignore"):
         overall_P = np.nansum(curve.mean_PC * curve.weight_PC, axis=1) / curve.weight_PC.sum(axis=1)
     return {

@@ -34,7 +34,7 @@ class RunView:
         self.lock = threading.RLock()
         self.journal = JournalView(run_dir)
         self.metrics = MetricsView(run_dir, with_figures=not self.has_journal)
-        self.is_reading = True
+        self.is_reading, self.has_given_up = True, False
         self.num_left = 0
         self.service = ("", "")
         self._service_asked = -SERVICE_INTERVAL_S
@@ -53,6 +53,11 @@ class RunView:
             self.is_reading = found
         self._ask_service()
         return found
+
+    def give_up(self, why: str) -> None:
+        """Read no further, and show why; what was read stays."""
+        self.has_given_up, self.is_reading = True, False
+        self.journal.problem = why
 
     def count_left(self) -> None:
         """How many entries are still to be read; for the progress that people see."""

@@ -152,11 +152,10 @@ def plain(values: ArrayLike, digits: int = 5) -> Any:
     with np.errstate(divide="ignore", invalid="ignore"):
         magnitude = np.where(array != 0, np.floor(np.log10(np.abs(array))), 0.0)
     scale = 10.0 ** np.clip(digits - 1 - np.nan_to_num(magnitude, posinf=0, neginf=0), -300, 300)
-    rounded = (np.round(array * scale) / scale).tolist()
-    return _without_nan(rounded) if not np.isfinite(array).all() else rounded
-
-
-def _without_nan(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_without_nan(value) for value in values]
-    return values if values == values and abs(values) != float("inf") else None
+    rounded = np.round(array * scale) / scale
+    is_finite = np.isfinite(array)
+    if is_finite.all():
+        return rounded.tolist()
+    nullable = rounded.astype(object)
+    nullable[~is_finite] = None
+    return nullable.tolist()

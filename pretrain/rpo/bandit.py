@@ -139,8 +139,8 @@ def landmarks(bandit: Bandit) -> dict[str, float]:
     """Rewards that the curves are to be read against: of the reference, the behaviour, and the best policies."""
     reward_XA = bandit.reward_XA
     return {
-        "reference": float(reward_XA.mean()),
-        "behaviour": float((reward_XA * bandit.behaviour_A).sum(dim=1).mean()),
-        "best_covered": float(reward_XA[:, bandit.is_covered_A].amax(dim=1).mean()),
-        "best": float(reward_XA.amax(dim=1).mean()),
+        "of the reference": float(reward_XA.mean()),
+        "of the behaviour": float((reward_XA * bandit.behaviour_A).sum(dim=1).mean()),
+        "of the best covered actions": float(reward_XA[:, bandit.is_covered_A].amax(dim=1).mean()),
+        "of the best actions": float(reward_XA.amax(dim=1).mean()),
     }

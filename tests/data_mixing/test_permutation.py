@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mixwright.data_mixing.permutation import fold_key, mix_key, permute, splitmix64
+from mixwright.data_mixing.permutation import fold_key, mix_key, permute, splitmix64, unpermute
 from tests.data_mixing import plan_reference
 
 PRIMES = [2, 3, 5, 7, 11, 13, 127, 251, 509, 1021, 4093, 65521]
@@ -45,6 +45,19 @@ def test_is_a_bijection_for_every_size_up_to_700() -> None:
 def test_is_a_bijection_for_large_sizes(size: int) -> None:
     image_n = permute(np.arange(size), size, mix_key(4, size))
     assert np.array_equal(np.bincount(image_n, minlength=size), np.ones(size, np.int64))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 31, 32, 33, 64, 1000, 4097, 10**12 + 39, 1 << 62])
+def test_the_inverse_gives_back_every_index(size: int) -> None:
+    indices = np.unique(np.linspace(0, size - 1, 40).astype(np.int64)).clip(0, size - 1)
+    images = permute(indices, size, 77)
+    assert [unpermute(image, size, 77) for image in images.tolist()] == indices.tolist()
+
+
+@pytest.mark.parametrize("image", [-1, 5])
+def test_the_inverse_names_an_image_outside_the_range(image: int) -> None:
+    with pytest.raises(ValueError, match=rf"image {image} is outside range\(5\)"):
+        unpermute(image, 5, 1)
 
 
 def test_different_keys_give_different_orders() -> None:

@@ -162,6 +162,17 @@ def test_a_forecast_looks_as_far_as_it_is_asked_to() -> None:
     assert reader.stop_step is None, "the run is over before the plan is"
 
 
+def test_from_a_step_on_only_the_stretch_that_covers_it_and_later_ones_are_told() -> None:
+    caps = {0: capped(1), 1: capped(2), 2: capped(3)}
+    reader = plan(genesis([400, 400, 400, 9000], caps=caps), (0, policy([1, 1, 1, 1])))
+    everything = reader.exhaustion(600)
+    assert len(everything) == 3
+    for step in (0, *(event.step - 1 for event in everything), *(event.step for event in everything)):
+        told = reader.exhaustion(600, from_step=step)
+        started = max((event.step for event in everything if event.step <= step), default=0)
+        assert told == tuple(event for event in everything if event.step >= started)
+
+
 def test_ten_thousand_capped_domains_are_forecast_in_reasonable_time() -> None:
     size = 10_000
     caps = {i: capped(1) for i in range(0, size, 500)}

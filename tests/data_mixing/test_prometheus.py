@@ -1,4 +1,4 @@
-"""The Prometheus endpoint: its text as Prometheus' own parser reads it, its figures beside brute force, a real service."""
+"""The Prometheus endpoint: its text as Prometheus' own parser reads it, figures by brute force, a real service."""
 
 from __future__ import annotations
 

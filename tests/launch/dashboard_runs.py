@@ -14,6 +14,8 @@ from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.leader import commit_body
 from mixwright.data_mixing.prepare import prepare
 from mixwright.data_mixing.store import TokenStore
+from mixwright.launch.dashboard.panels import PANELS
+from mixwright.launch.dashboard.run_view import RunView
 from mixwright.pretrain.row_log import RowLossLog, row_log_folder
 from mixwright.pretrain.rundir import write_resolved_config
 from tests.data_mixing.corpora_for_tests import corpora_config, write_jsonl
@@ -108,3 +110,15 @@ def write_preference_run(run_dir: Path, num_steps: int = 30) -> Path:
                 file.write(json.dumps({"kind": "evaluation", "step": step, **evaluation}) + "\n")
         file.write(json.dumps({"kind": "end", "step": num_steps, "peak_memory_bytes": 1 << 30}) + "\n")
     return run_dir
+
+
+def view_of(run_dir: Path) -> RunView:
+    """The run's files read to their end, without a server."""
+    view = RunView(run_dir)
+    while view.advance():
+        pass
+    return view
+
+
+def built(view: RunView, name: str) -> Any:
+    return json.loads(view.panel(name, PANELS[name])[1])

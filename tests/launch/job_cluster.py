@@ -22,7 +22,7 @@ from mixwright.data_mixing.errors import ServiceUnavailable
 from mixwright.launch.jobs_api import JobsApi, connect
 
 START_TIMEOUT_S = 180.0
-RANK = "mixwright.launch.cluster_rank"
+DRIVER, RANK = "mixwright.launch.cluster_job", "mixwright.launch.cluster_rank"
 
 
 class JobCluster:
@@ -55,8 +55,8 @@ class JobCluster:
             "TRANSFORMERS_VERBOSITY": "error", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             "RAY_TRAIN_METRICS_ENABLED": "0",
         }  # fmt: skip
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, env=os.environ | settings, stdout=quiet, stderr=quiet)
+        with (self.token_path.parent / "head.log").open("a") as log:
+            self._process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -96,13 +96,13 @@ def job_cluster(folder: Path) -> Iterator[JobCluster]:
         cluster.remove()
 
 
-def ranks_of(run: str) -> list[psutil.Process]:
-    """The rank processes of a run on this machine, by rank."""
+def processes_of(module: str, run: str) -> list[psutil.Process]:
+    """The driver or the ranks (in their order) of a run's jobs on this machine."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
-            if RANK in (process.info["cmdline"] or []) and run in process.environ().get("MIXWRIGHT_JOB", ""):
-                found[int(process.environ()["RANK"])] = process
+            if module in (process.info["cmdline"] or []) and run in process.environ().get("MIXWRIGHT_JOB", ""):
+                found[int(process.environ().get("RANK", "0"))] = process
     return [found[rank] for rank in sorted(found)]
 
 

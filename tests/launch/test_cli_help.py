@@ -187,7 +187,8 @@ def test_installed_completion_lists_the_verbs(tmp_path: Path) -> None:
     assert "bash completion installed" in bash("mixwright --install-completion; true", tmp_path)
     (script,) = re.findall(r"source '?([^'\n]+)", (tmp_path / ".bashrc").read_text())
     complete = (
-        f"source {shlex.quote(script)}; COMP_WORDS=(mixwright mix ''); COMP_CWORD=2; _mixwright_completion mixwright '' mix; "
+        f"source {shlex.quote(script)}; COMP_WORDS=(mixwright mix ''); COMP_CWORD=2; "
+        "_mixwright_completion mixwright '' mix; "
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     assert set(bash(complete, tmp_path).split()) == set(ROOT_COMMAND.commands["mix"].commands)

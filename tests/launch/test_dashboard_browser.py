@@ -18,7 +18,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from mixwright.data_mixing.store import TokenStore
 from tests.data_mixing.live_run import LiveRun
-from tests.launch.dashboard_runs import PWN, hostile_store, write_metrics, write_preference_run, write_run
+from tests.launch.dashboard_runs import PWN, write_metrics, write_preference_run, write_run
 from tests.launch.dashboards import (
     CHROMEDRIVER,
     CHROMIUM,
@@ -56,15 +56,14 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hostile_store(tmp_path_factory.mktemp("corpora"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Dashboard]:
+def server(tmp_path_factory: pytest.TempPathFactory, marked_store: Path) -> Iterator[Dashboard]:
     """A run with everything, a shorter one and a preference run."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = [write_run(folder, store), write_run(folder, store, "other", 60), write_preference_run(folder / "aligned")]
+    runs = [
+        write_run(folder, marked_store),
+        write_run(folder, marked_store, "other", 60),
+        write_preference_run(folder / "aligned"),
+    ]
     with dashboard(*runs, "--allow-submit") as started:
         started.wait_until_read()
         yield started
@@ -282,11 +281,11 @@ def test_runs_are_compared_and_a_preference_run_shows_its_figures(page: webdrive
 
 
 def test_a_live_run_grows_on_the_page_and_outlives_its_server(
-    browser: webdriver.Chrome, store: Path, tmp_path: Path
+    browser: webdriver.Chrome, marked_store: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "growing"
     policy = {"kind": "temperature", "temperature": 2.0}
-    live = LiveRun(run / "journal", TokenStore.open(store), 60, policy, report_every=5)
+    live = LiveRun(run / "journal", TokenStore.open(marked_store), 60, policy, report_every=5)
     live.run(end_step=20)
     write_metrics(run, 20)
     set_look(browser, "light", 1200, 2400)

@@ -50,7 +50,8 @@ def study(tmp_path: Path) -> Path:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     bandit = {"num_prompts": 4, "num_actions": 5, "num_covered": 2, "num_pairs": 40, "num_steps": 20, "num_points": 4}
     gold = {
-        "model": {"config": MODEL}, "validity": 1.0, "reference": {"num_steps": 60, "responses_per_step": 64, "lr": 0.02},
+        "model": {"config": MODEL}, "validity": 1.0,
+        "reference": {"num_steps": 60, "responses_per_step": 64, "lr": 0.02},
         "num_prompts": 1, "num_pairs": 16, "pairs_per_step": 8, "num_steps": 4, "num_points": 3, "num_samples": 32,
     }  # fmt: skip
     text = {

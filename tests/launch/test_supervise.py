@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mixwright.launch.cluster_rank import CRASHED, INTERRUPTED, JOB_FAILED
-from mixwright.launch.supervise import Action, Course, Limits, Sight, adopted, decide, postponed
+from mixwright.launch.supervise import Action, Course, Limits, Sight, decide, postponed
 
 LIMITS = Limits(restarts=3, first_pause_s=5, longest_pause_s=60, stall_s=600, unreachable_s=900)
 RUNNING = Sight(now=0.0, status="RUNNING")
@@ -168,7 +168,7 @@ def test_a_submission_that_did_not_arrive_is_no_attempt() -> None:
 def test_a_job_that_was_found_running_is_followed_and_its_steps_count() -> None:
     world = World()
     world.submit()
-    world.course = adopted(world.course, attempt=7)
+    world.course = replace(world.course, attempt=7)
     world.see(replace(RUNNING, step=40, moved_at=world.now))
     world.see(Sight(0.0, status="FAILED", exit_code=CRASHED, step=40))
     assert world.fail(40).kind == "wait"

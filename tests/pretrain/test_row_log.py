@@ -152,6 +152,29 @@ def test_steps_that_a_resume_does_again_count_as_done_last(tmp_path: Path) -> No
     assert all(rows_of(found, step) == losses(step, range(ROWS), 2).tolist() for step in range(6, 13))
 
 
+def test_one_step_is_read_as_the_whole_log_has_it(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        mine = range(4 * rank, 4 * rank + 4)
+        with RowLossLog(tmp_path, rank, attempt=0, flush_steps=3) as log:
+            write(log, range(9), mine)
+        with RowLossLog(tmp_path, rank, attempt=1, flush_steps=4) as log:
+            write(log, range(5, 12), mine, attempt=1)
+    whole = read_row_log(tmp_path)
+    for step in range(14):
+        found = read_row_log(tmp_path, only_step=step)
+        assert rows_of(found, step) == rows_of(whole, step)
+        assert len(found) == (ROWS if step < 12 else 0)
+
+
+def test_one_step_opens_no_file_that_cannot_hold_it(tmp_path: Path) -> None:
+    with RowLossLog(tmp_path, 0, attempt=0, flush_steps=3) as log:
+        write(log, range(9))
+    (tmp_path / names(tmp_path)[0]).write_bytes(b"damaged")
+    assert len(read_row_log(tmp_path, only_step=4)) == ROWS
+    with pytest.raises(DataError, match="not a readable row log file"):
+        read_row_log(tmp_path, only_step=1)
+
+
 def test_steps_beyond_a_resume_that_was_killed_itself_are_void(tmp_path: Path) -> None:
     with RowLossLog(tmp_path, rank=0, attempt=0) as log:
         write(log, range(10))

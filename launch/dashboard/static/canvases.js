@@ -108,7 +108,7 @@ export class HeatMap extends Drawing {
     if (value === null || value === undefined || !Number.isFinite(value)) return paint("grid");
     const { low, high, diverging } = this.spec;
     if (!diverging) return `color-mix(in oklab, ${colour("low")} ${mix(value, low, high)}%, ${colour("middle")})`;
-    const end = value < 0 ? "low" : "high";
+    const end = value < 0 ? "high" : "low"; // harm is the warm end
     return `color-mix(in oklab, ${colour(end)} ${mix(Math.abs(value), 0, Math.max(Math.abs(low), Math.abs(high)))}%, ${colour("middle")})`;
   }
 

@@ -37,12 +37,7 @@ export class DomainPanel {
     const sign = this.sort.falling ? -1 : 1;
     const order = [...known].sort((a, b) => sign * compare(value(a), value(b)));
     const largest = Math.max(...known.map((domain) => domain.proportion), 1e-9);
-    const most = Math.max(
-      ...known.map((domain) =>
-        Math.max(domain.epochs, domain.max_epochs && domain.max_epochs < 100 ? domain.max_epochs : 0),
-      ),
-      1e-9,
-    );
+    const most = 1.25 * Math.max(...known.map((domain) => domain.epochs), 1e-9);
     const rows = order.map((domain) => this.row(domain, run, largest, most));
     const header = COLUMNS.map(([name, , left], i) => this.header(name, i, left));
     const top = this.body.firstElementChild?.scrollTop ?? 0;
@@ -75,7 +70,7 @@ export class DomainPanel {
     const epochs = el(
       "span",
       {},
-      meter(domain.epochs / most, cap === null ? null : cap / most),
+      meter(domain.epochs / most, cap === null || cap > most ? null : cap / most),
       fixed(domain.epochs, 2),
     );
     const capText =

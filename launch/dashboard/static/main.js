@@ -159,7 +159,7 @@ function glance(run) {
   if (byId("runs").childElementCount !== page.runs.length) drawRuns();
   document.title = `${run.name} · mixwright`;
   byId("problem").hidden = !s.problem;
-  byId("problem").textContent = s.problem ? `The journal cannot be read further: ${s.problem}` : "";
+  byId("problem").textContent = s.problem ? `This run cannot be read further: ${s.problem}` : "";
   const part = s.num_steps ? s.next_step / s.num_steps : null;
   const speed =
     s.seconds_per_step && s.tokens_per_step ? `${short(s.tokens_per_step / s.seconds_per_step)} tokens/s` : "";

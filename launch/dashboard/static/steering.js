@@ -73,10 +73,7 @@ export class PolicyPanel {
       (name ? `. ${MATRIX_WORDS[name] ?? name}${values ? "" : ": this decision has none"}` : "");
     this.heatHost.hidden = !values || values.length !== arms.length;
     if (this.heatHost.hidden) return;
-    const all = matrices[name]
-      .filter(Boolean)
-      .flat(2)
-      .filter((v) => v !== null);
+    const all = values.flat().filter((v) => v !== null);
     this.heat.update({
       rows: arms,
       columns: arms,
@@ -87,7 +84,7 @@ export class PolicyPanel {
       numbers: true,
       columnTitle: "read (column), validated (row)",
       tip: (r, c) => [
-        el("p", {}, el("b", { text: short(values[r][c]) }), ` loss of ${arms[r]} when more of ${arms[c]} is read`),
+        el("p", {}, el("b", { text: short(values[r][c]) }), ` gain in the loss of ${arms[r]} from reading ${arms[c]}`),
       ],
     });
   }
