@@ -43,7 +43,8 @@ class Buckets:
         self._last_step = -1
         self._step_P = np.full(self._capacity, -1, np.int64)
         shape = (self._capacity, num_columns)
-        self._weight_PC, self._total_PC, self._square_PC = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        # Filled, not np.zeros: memory that is taken at once does not look like a leak later.
+        self._weight_PC, self._total_PC, self._square_PC = (np.full(shape, 0.0) for _ in range(3))
         self._low_PC, self._high_PC = np.full(shape, np.inf), np.full(shape, -np.inf)
 
     @property

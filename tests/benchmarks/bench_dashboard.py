@@ -58,21 +58,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Size.num_steps)
     parser.add_argument("--commits", type=int, default=Size.num_commits)
     parser.add_argument("--domains", type=int, default=Size.num_domains)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="0: only the memory over polls")
     parser.add_argument("--polls", type=int, default=POLLS_AN_HOUR)
     parser.add_argument("--run", type=Path, help="a run folder made before by this command, to measure again")
     arguments = parser.parse_args()
     size = Size(arguments.steps, arguments.domains, arguments.commits)
     console = Console(width=110)
     with tempfile.TemporaryDirectory(prefix="bench-dashboard-") as folder:
-        run_dir = arguments.run or Path(folder) / "large"
-        if not run_dir.exists():
-            console.print(
-                f"making a run of {size.num_steps:,} steps, {size.num_domains} domains, {size.num_commits:,} commits"
-            )
-            LargeRun(run_dir, size).write(size.num_steps)
-        measure(console, run_dir, size, arguments.rounds)
+        if arguments.rounds:
+            run_dir = arguments.run or Path(folder) / "large"
+            make(console, run_dir, size)
+            measure(console, run_dir, size, arguments.rounds)
         watch(console, Path(folder) / "growing", arguments.polls)
+
+
+def make(console: Console, run_dir: Path, size: Size) -> None:
+    """The run, unless it is there."""
+    if not run_dir.exists():
+        console.print(
+            f"making a run of {size.num_steps:,} steps, {size.num_domains} domains, {size.num_commits:,} commits"
+        )
+        LargeRun(run_dir, size).write(size.num_steps)
 
 
 def measure(console: Console, run_dir: Path, size: Size, rounds: int) -> None:

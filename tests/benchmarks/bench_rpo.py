@@ -59,8 +59,13 @@ def draw_tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(2, VOCABULARY, (PAIRS, 3, PROMPT_TOKENS)).astype(np.int32)
 
 
+def name_of(token: int) -> str:
+    """What the tokenizer calls a token; no name is part of another."""
+    return f"<{token}>"
+
+
 def write_model(folder: Path) -> None:
-    """The model, and a tokenizer that knows token 17 by the name w17."""
+    """The model, and a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -72,10 +77,10 @@ def write_model(folder: Path) -> None:
         eos_token_id=END, pad_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    names = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w1"))
+    names = Tokenizer(models.WordLevel({name_of(token): token for token in range(VOCABULARY)}, unk_token=name_of(1)))
     names.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=names, eos_token=f"w{END}", pad_token=f"w{END}", unk_token="w1"
+        tokenizer_object=names, eos_token=name_of(END), pad_token=name_of(END), unk_token=name_of(1)
     )
     tokenizer.save_pretrained(folder)
 
@@ -225,7 +230,7 @@ def run_trl(precomputed: bool, folder: Path, checkpointing: bool, steps: Iterato
 
 def in_words(tokens: np.ndarray) -> str:
     """With a space before it, so that a prompt and what comes after it are split between two words."""
-    return "".join(f" w{token}" for token in tokens)
+    return "".join(f" {name_of(int(token))}" for token in tokens)
 
 
 def print_table(results: dict[str, dict[str, Any]], rounds: int, checkpointing: bool) -> None:

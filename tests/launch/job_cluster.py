@@ -21,7 +21,8 @@ import psutil
 from mixwright.data_mixing.errors import ServiceUnavailable
 from mixwright.launch.jobs_api import JobsApi, connect
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 600
+STARTED = "Ray runtime started"
 DRIVER, RANK = "mixwright.launch.cluster_job", "mixwright.launch.cluster_rank"
 
 
@@ -53,19 +54,23 @@ class JobCluster:
         settings = {
             **self.environment(), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-            "RAY_TRAIN_METRICS_ENABLED": "0",
+            "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_raylet_start_wait_time_s": str(START_TIMEOUT_S),
         }  # fmt: skip
-        with (self.token_path.parent / "head.log").open("a") as log:
-            self._process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        log = self.token_path.with_name(f"head-{secrets.token_hex(3)}.log")
+        with log.open("w") as file:
+            self._process = subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=file)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                self.api().jobs()
-                return
-            except ServiceUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
+        while not (STARTED in log.read_text() and self._lists_jobs()):
+            assert self._process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+
+    def _lists_jobs(self) -> bool:
+        try:
+            self.api()
+        except ServiceUnavailable:
+            return False
+        return True
 
     def api(self) -> JobsApi:
         return connect(self.url, self.environment())

@@ -34,7 +34,7 @@ from tests.pretrain.jobs import BIN, digests, history_of, metrics, write_config
 from tests.pretrain.tiny import tiny_tree
 
 NUM_STEPS = 400
-PATIENCE_S = 400.0
+PATIENCE_S = 600.0
 
 
 def manifest_of(path: Path, *overrides: str, **changes: Any) -> JobManifest:
