@@ -156,12 +156,15 @@ class JournalView:
             self.plan = self.plan.extended(commit)
 
     def _look_ahead(self) -> None:
-        """Which domains run out from here on, and when; looked at again after a commit, and as steps pass."""
-        now = self.history.last_step + 1
+        """Which domains have run out under the policy in force, or will, and when."""
+        genesis, now = self.history.genesis, self.history.last_step + 1
         at = (self.history.num_commits, now // LOOK_AHEAD_EVERY)
-        if self.plan is not None and at != self._looked_ahead_at and now < self.history.genesis.num_steps:
-            self.exhaustions = self.plan.exhaustion(from_step=now)
-            self._looked_ahead_at = at
+        if self.plan is None or at == self._looked_ahead_at:
+            return
+        lsn = self.plan.policy_lsn(min(now, genesis.num_steps - 1))
+        in_force = next(commit for commit in reversed(self.history.commits) if commit.lsn == lsn)
+        self.exhaustions = self.plan.exhaustion(from_step=in_force.effective_step)
+        self._looked_ahead_at = at
 
     def _take(self, entry: Entry) -> None:
         self.newest_time = entry.time

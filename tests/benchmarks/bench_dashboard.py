@@ -28,9 +28,10 @@ from tests.launch.dashboards import Dashboard, chromium, dashboard, set_look, wa
 
 SHOWN = ("mixture", "losses", "domains", "timeline", "policy", "weights", "speed")
 POLLS_AN_HOUR = 1800
-GROWING = Size(num_steps=100_000, num_domains=50, num_commits=400)
+GROWING = Size(num_steps=100_000, num_domains=50, num_commits=400, decide_every=100)
 STEPS_BEFORE, STEPS_PER_POLL = 4_000, 2
-"""A step a second: 3,600 in an hour, with 360 reports and 14 commits."""
+"""A step a second: 3,600 in an hour, with 360 reports and 14 commits. Decisions are frequent because a history keeps
+the reports that the next one needs, which would look like a slope."""
 
 PAINT = """
 const entry = performance.getEntriesByName('first-contentful-paint')[0];

@@ -47,6 +47,7 @@ class Size:
     num_steps: int = 100_000
     num_domains: int = 50
     num_commits: int = 2_000
+    decide_every: int = 1_000
 
     @property
     def steps_per_commit(self) -> int:
@@ -113,7 +114,7 @@ class LargeRun:
             self._report("train", self.step - REPORT_EVERY, step)
         if self.step % VALIDATE_EVERY == 0:
             self._report("validation", step, step)
-        if self.step % (2 * VALIDATE_EVERY) == 0:
+        if self.step % self.size.decide_every == 0:
             self._decide()
         if self.step % CHECKPOINT_EVERY == 0:
             self._append(Checkpoint(step=self.step, tag=f"step-{self.step:08d}", digest="0"))
@@ -165,7 +166,7 @@ class LargeRun:
         names = FAMILIES[: max(2, min(len(FAMILIES), self.size.num_domains))]
         gains = (self._chance.standard_normal((len(names), len(names))) * 0.1).tolist()
         shares = tuple(self._chance.dirichlet(np.full(len(names), 30.0)).tolist())
-        number = self.step // (2 * VALIDATE_EVERY) - 1
+        number = self.step // self.size.decide_every - 1
         diagnostics = {"gains": gains, "score": self._chance.standard_normal(len(names)).tolist(), "skipped": 0}
         proposal = {"shares": shares, "state": {}, "diagnostics": diagnostics, "held": ""}
         self._append(Decision(policy_lsn=self._shadow, step=self.step, decision=number, window={"arms": names},

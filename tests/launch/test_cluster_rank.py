@@ -20,7 +20,7 @@ from tests.pretrain.tiny import tiny_tree
 
 WORKER = (
     "import os, subprocess, sys; "
-    "rank = subprocess.Popen([sys.executable, '-m', 'mixwright.launch.cluster_rank', 'train'], "
+    "rank = subprocess.Popen([sys.executable, '-m', 'mixwright.launch.cluster_rank', sys.argv[1]], "
     f"env={{**os.environ, '{PARENT}': str(os.getpid())}}); "
     "print(rank.pid, flush=True); sys.exit(rank.wait())"
 )
@@ -32,9 +32,9 @@ def environment(folder: Path, *overrides: str) -> dict[str, str]:
     return {**os.environ, **manifest.to_environment(), "DS_ACCELERATOR": "cpu"}
 
 
-def worker(settings: dict[str, str]) -> subprocess.Popen[str]:
+def worker(settings: dict[str, str], phase: str = "train") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER], env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", WORKER, phase], env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -68,9 +68,7 @@ def test_what_is_wrong_is_one_line_and_its_own_exit_code(tmp_path: Path) -> None
 
 
 def test_an_exception_that_nobody_expected_is_no_failure_of_training(tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "manifest.json").mkdir()
-    rank = worker(environment(tmp_path))
+    rank = worker(environment(tmp_path), phase="no such phase")
     output, _ = rank.communicate(timeout=200)
     assert (rank.returncode, "Traceback" in output) == (CRASHED, True)
 

@@ -69,6 +69,21 @@ def test_the_gap_is_the_largest_difference_of_rows_read_and_asked_for(marked_sto
     assert built(view_of(tmp_path / "run"), "mixture")["largest_gap_rows"] == pytest.approx(3 * 12 * 2 / 3)
 
 
+def test_the_countdown_is_the_plans_and_a_domain_stays_at_its_cap(tmp_path: Path) -> None:
+    document = {"kind": "static", "mixture": {"web-a": 1, "web-b": 1, "code": 6},
+                "caps": {"web-a": {"max_epochs": 2}, "web-b": {"max_epochs": 1}}}  # fmt: skip
+    trainer = TrainerSide(tmp_path / "exp", document=document)
+    first, second = trainer.history.plan().exhaustion()
+    assert (first.domain, second.domain) == ("web-a", "web-b")
+    for last_step in (49, first.step + 9, second.step + 99):
+        trainer.report(last_step)
+        found = {d["name"]: d["exhausted"] for d in built(view_of(tmp_path / "exp"), "summary")["domains"]}
+        now = last_step + 1
+        for event in (first, second):
+            assert found[event.domain] == {"step": event.step, "in": max(event.step - now, 0), "action": "renormalise"}
+        assert (found["code"], found["wiki"]) == (None, None)
+
+
 def test_losses_are_pooled_over_tokens_with_the_interval_of_their_mean(site: Dashboard, shown_run: Path) -> None:
     losses = site.panel("losses")
     reports = [

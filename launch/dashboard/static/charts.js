@@ -95,7 +95,7 @@ export class StepChart {
       width: Math.max(this.host.clientWidth, 120),
       height: this.options.height,
       legend: { show: false },
-      padding: [8, 10, 0, 0],
+      padding: [8, 16, 0, 0],
       cursor: {
         sync: { key: "steps", setSeries: false },
         drag: { x: true, y: false },

@@ -3,6 +3,7 @@ import { get, post } from "./api.js";
 import { count, el, empty, fixed, percent, short, table, td } from "./dom.js";
 
 const PAGE = 64;
+const ROW_HEADER = [["position"], ["row", "left"], ["epoch"], ["loss"], ["weight"], ["text", "left"]];
 
 export class InspectorPanel {
   constructor(body, tools, context) {
@@ -115,7 +116,7 @@ export class InspectorPanel {
       el(
         "div",
         { class: "scroll", tabindex: "0", role: "region", "aria-label": "Rows" },
-        table(["position", "row", "epoch", "loss", "weight", "text"], rows, 0),
+        table(ROW_HEADER.map(([text, kind]) => el("th", { text, class: kind, scope: "col" })), rows, 0),
       ),
       ...(more ? [more] : []),
     ];
