@@ -116,7 +116,11 @@ export class InspectorPanel {
       el(
         "div",
         { class: "scroll", tabindex: "0", role: "region", "aria-label": "Rows" },
-        table(ROW_HEADER.map(([text, kind]) => el("th", { text, class: kind, scope: "col" })), rows, 0),
+        table(
+          ROW_HEADER.map(([text, kind]) => el("th", { text, class: kind, scope: "col" })),
+          rows,
+          0,
+        ),
       ),
       ...(more ? [more] : []),
     ];
