@@ -195,24 +195,23 @@ def watch(console: Console, run_dir: Path, polls: int) -> None:
         browser.set_script_timeout(60)
         browser.get(started.url)
         wait_for(lambda: browser.execute_script("return window.mixwright?.page.polls > 1"))
-        for poll in range(polls):
+        for poll in range(-polls // 2, polls):  # half an hour to warm up: caches, pools of memory
             run.write(run.step + STEPS_PER_POLL)
             browser.execute_async_script("window.mixwright.poll().then(arguments[0])")
-            if poll % max(polls // 60, 1) == 0:
+            if poll >= 0 and poll % max(polls // 60, 1) == 0:
                 server.append(memory_bytes(started.process.pid) / 2**20)
                 heap.append(browser.execute_script(HEAP) / 2**20)
     grown = f"a run that grew from {STEPS_BEFORE:,} to {run.step:,} steps"
     console.print(f"{polls:,} polls (an hour has {POLLS_AN_HOUR:,}) of {grown}:")
     for what, samples in (("server", server), ("page", heap)):
-        trend = f"slope of the second half {slope(samples, polls):+.2f} MiB an hour"
+        trend = f"slope {slope(samples, polls):+.2f} MiB an hour"
         console.print(f"  {what}: {samples[0]:.1f} to {samples[-1]:.1f} MiB, {trend}")
 
 
 def slope(samples: Sequence[float], polls: int) -> float:
-    """MiB an hour over the second half, by least squares: what is filled once, such as buckets, is filled by then."""
-    half = np.array(samples[len(samples) // 2 :])
-    hours = np.arange(len(half)) * (polls / len(samples)) / POLLS_AN_HOUR
-    return float(np.polyfit(hours, half, 1)[0])
+    """MiB an hour, by least squares."""
+    hours = np.arange(len(samples)) * (polls / len(samples)) / POLLS_AN_HOUR
+    return float(np.polyfit(hours, np.array(samples), 1)[0])
 
 
 def memory_bytes(pid: int) -> int:
