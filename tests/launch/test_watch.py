@@ -50,6 +50,8 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int = 110, lines: int = 30) -> None:
         self.pid, self._descriptor = pty.fork()
         if self.pid == 0:
+            # A shell that starts tests in the background ignores Ctrl-C for all that they start.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": str(lines)}
             os.execve(COMMAND, [COMMAND, "mix", "status", "--watch", "--every", "0.1", *arguments], environment)
         fcntl.ioctl(self._descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -68,9 +70,10 @@ class Terminal:
                 raise AssertionError(f"ended without {expected!r}: {self.text[-3000:]}")
 
     def end(self) -> int:
-        """Exit code, once it has ended by itself."""
+        """Exit code, once it has ended by itself; one that goes on drawing is a failure."""
+        deadline = time.monotonic() + TIMEOUT_S
         while self._read():
-            pass
+            assert time.monotonic() < deadline, self.text[-3000:]
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def close(self) -> None:
