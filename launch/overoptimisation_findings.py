@@ -150,10 +150,10 @@ def gold_verdicts(arms: Mapping[str, Arm]) -> list[str]:
     lines = []
     if DPO in by_eta:
         lines += _verdicts_on_dpo(by_eta[DPO])
-    lines += [_ordered(sweep, "reward", "final gold reward rises with eta", rising=True)]
+    lines += _ordered(sweep, "reward", "final gold reward rises with eta", rising=True)
     if DPO in by_eta and COMPARED in by_eta:
         lines += _verdicts_on_pair(by_eta[DPO], by_eta[COMPARED])
-    return [*lines, _ordered(sweep, "chosen_logp", "final log p(chosen) rises with eta", rising=True)]
+    return [*lines, *_ordered(sweep, "chosen_logp", "final log p(chosen) rises with eta", rising=True)]
 
 
 def bandit_verdicts(arms: Mapping[str, Arm]) -> list[str]:
@@ -164,8 +164,8 @@ def bandit_verdicts(arms: Mapping[str, Arm]) -> list[str]:
     if DPO in by_eta and 0.05 in by_eta:
         more = difference(by_eta[0.05], by_eta[DPO], last("reward"))
         lines.append(says(more.mean > 0, f"final gold reward at eta 0.05 above DPO's, by {more.text(signed=True)}"))
-    lines.append(_ordered(sweep, "uncovered", "probability of uncovered actions falls with eta", rising=False))
-    lines.append(_ordered(sweep, "chosen_logp", "final log p(chosen) rises with eta", rising=True))
+    lines += _ordered(sweep, "uncovered", "probability of uncovered actions falls with eta", rising=False)
+    lines += _ordered(sweep, "chosen_logp", "final log p(chosen) rises with eta", rising=True)
     return lines
 
 
@@ -173,11 +173,11 @@ def text_verdicts(arms: Mapping[str, Arm]) -> list[str]:
     """The orderings that are expected of the preference file."""
     sweep = sweep_of(arms)
     return [
-        _ordered(sweep, "chosen_logp", "log p(chosen) per token of training pairs rises with eta", rising=True),
-        _ordered(
+        *_ordered(sweep, "chosen_logp", "log p(chosen) per token of training pairs rises with eta", rising=True),
+        *_ordered(
             sweep, "held_out_chosen_logp", "log p(chosen) per token of held-out pairs rises with eta", rising=True
         ),
-        _ordered(sweep, "kl", "divergence from the reference falls with eta", rising=False),
+        *_ordered(sweep, "kl", "divergence from the reference falls with eta", rising=False),
     ]
 
 
@@ -219,13 +219,15 @@ def _verdicts_on_pair(dpo: Arm, compared: Arm) -> list[str]:
     ]
 
 
-def _ordered(sweep: Sequence[Arm], figure: str, text: str, *, rising: bool) -> str:
-    """A verdict on the order of an arm's final figure over eta, with the differences of neighbours."""
+def _ordered(sweep: Sequence[Arm], figure: str, text: str, *, rising: bool) -> list[str]:
+    """A verdict on the order of an arm's final figure over eta, by differences of neighbours; none for one arm."""
+    if len(sweep) < 2:
+        return []
     sign = 1 if rising else -1
     steps = [(low, high, difference(high, low, last(figure))) for low, high in pairwise(sweep)]
     values = ", ".join(f"{arm.eta:g}: {arm.final(figure)}" for arm in sweep)
     failing = [f"{low.eta:g} to {high.eta:g}" for low, high, step in steps if sign * step.mean <= 0]
     where = f"; not from {', '.join(failing)}" if failing else ""
-    least = min((step for _, _, step in steps), key=lambda step: sign * step.mean, default=None)
-    smallest = f"; smallest step {least.text(signed=True)}" if least is not None else ""
-    return says(not failing, f"{text} ({values}{smallest}{where})")
+    least = min((step for _, _, step in steps), key=lambda step: sign * step.mean)
+    smallest = f"; smallest step {least.text(signed=True)}"
+    return [says(not failing, f"{text} ({values}{smallest}{where})")]

@@ -52,7 +52,7 @@ def _over_distance(title: str) -> Panel:
 
     def panel(axis: Any, arms: Mapping[str, Arm]) -> None:
         for arm, color in _coloured(sweep_of(arms)):
-            distance = np.sqrt(arm.curves("kl").mean(axis=0))
+            distance = np.sqrt(arm.curves("kl").mean(axis=0).clip(min=0))  # rounding, at the reference
             reward, _ = _mean_and_error(arm.curves("reward"))
             axis.plot(distance, reward, color=color)
             axis.plot(distance[-1:], reward[-1:], "o", color=color)
