@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
 
 from mixwright.launch.ensemble_findings import NGRAM, Arm, Findings
 from mixwright.launch.ensemble_pictures import draw_curve
 from mixwright.launch.study_report import markdown
+from mixwright.launch.study_tables import show_tables
 from mixwright.pretrain.ensemble.curve import EnsembleEvaluation
 
 MODELS = ["model", "recipe", "steps", "seeds", "loss at T = 1", "loss at fitted T", "below the tuned model", "kept"]
@@ -24,16 +23,7 @@ Rows = list[list[str]]
 
 def show(found: Findings) -> None:
     """Print the tables."""
-    console = Console(width=170, soft_wrap=True)
-    for title, header, rows in _tables(found):
-        table = Table(title=title, title_justify="left")
-        for column, name in enumerate(header):
-            table.add_column(name, justify="left" if column == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for line in (*_overlaps(found), *_verdicts(found)):
-        console.print(line, markup=False)
+    show_tables(_tables(found), (*_overlaps(found), *_verdicts(found)), width=170)
 
 
 def write_evidence(found: Findings, folder: Path) -> tuple[Path, Path]:

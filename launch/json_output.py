@@ -17,6 +17,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def print_answer(value: Any, text: str, as_json: bool) -> None:
+    """`value` for programs, or `text` for people."""
+    if as_json:
+        print_json(value)
+    else:
+        print(text, flush=True)
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON knows it, which knows no NaN."""
     if isinstance(value, float):

@@ -6,15 +6,14 @@ otherwise than the journal says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mixwright.data_mixing.errors import ConfigError, nearest
 from mixwright.launch.ending import EXIT_NOT_WELL
 from mixwright.launch.help_text import examples
-from mixwright.launch.json_output import print_json
+from mixwright.launch.json_output import print_answer, print_json
 from mixwright.launch.mix_options import ANSWER_TIMEOUT_S, AsJson, Author, Run, Timeout, Why, user_name
 
 app = typer.Typer()
@@ -33,7 +32,7 @@ def hold(
     """Keep the mixture of the online policy in force from its next decision on, until `mix resume`."""
     lsn = _pause(run, True, why, author, timeout)
     text = f"decisions are held (entry {lsn}): the mixture stays from the next decision on"
-    _answer({"lsn": lsn, "held": True}, text, as_json)
+    print_answer({"lsn": lsn, "held": True}, text, as_json)
 
 
 @app.command(epilog=examples("mixwright mix resume --run runs/exp --why 'it was the logger'"))
@@ -46,7 +45,7 @@ def resume(
 ) -> None:
     """Let the online policy decide again."""
     lsn = _pause(run, False, why, author, timeout)
-    _answer({"lsn": lsn, "held": False}, f"decisions go on (entry {lsn})", as_json)
+    print_answer({"lsn": lsn, "held": False}, f"decisions go on (entry {lsn})", as_json)
 
 
 @app.command(
@@ -67,7 +66,7 @@ def rollback(
     client = MixingClient(find_run(run), timeout)
     answer = client.roll_back(lsn, author=user_name() if author is None else author, why=why or "")
     lines = [f"policy {answer['lsn']} is accepted: back to policy {lsn}", *answer["remarks"]]
-    _answer(answer, "\n  ".join(lines), as_json)
+    print_answer(answer, "\n  ".join(lines), as_json)
 
 
 @app.command(epilog=examples("mixwright mix replay-policy --run runs/exp", "mixwright mix replay-policy 23 --json"))
@@ -102,13 +101,6 @@ def replay_policy(
             typer.echo(f"run {run_dir.name!r} has no decision of an online policy")
     if any(found.values()):
         raise typer.Exit(EXIT_NOT_WELL)
-
-
-def _answer(answer: Mapping[str, Any], text: str, as_json: bool) -> None:
-    if as_json:
-        print_json(answer)
-    else:
-        typer.echo(text)
 
 
 def _pause(run: Run, held: bool, why: str | None, author: str | None, timeout: float) -> int:

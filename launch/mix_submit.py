@@ -11,7 +11,7 @@ import typer
 from mixwright.data_mixing.config_file import read_yaml
 from mixwright.data_mixing.errors import ConfigError, PolicyRejected, ServiceUnavailable
 from mixwright.launch.help_text import examples
-from mixwright.launch.json_output import print_json
+from mixwright.launch.json_output import print_answer, print_json
 from mixwright.launch.mix_options import ANSWER_TIMEOUT_S, AsJson, Author, PolicyFile, Run, Timeout, Why, user_name
 
 COMMIT_TIMEOUT_S = 600.0
@@ -84,10 +84,7 @@ def cancel(
 
     client = MixingClient(find_run(run), timeout)
     answer = client.cancel(lsn, author=user_name() if author is None else author, why=why or "")
-    if as_json:
-        print_json(answer)
-    else:
-        typer.echo(f"policy {lsn} is cancelled (entry {answer['lsn']})")
+    print_answer(answer, f"policy {lsn} is cancelled (entry {answer['lsn']})", as_json)
 
 
 def preview(run_dir: Path, document: dict[str, Any], as_json: bool) -> None:

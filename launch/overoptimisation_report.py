@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from mixwright.launch.overoptimisation_findings import (
     KL_LEVELS,
@@ -28,6 +26,7 @@ from mixwright.launch.overoptimisation_findings import (
 from mixwright.launch.overoptimisation_pictures import draw
 from mixwright.launch.overoptimisation_study import OveroptimisationStudy, Part
 from mixwright.launch.study_report import markdown
+from mixwright.launch.study_tables import show_tables
 from mixwright.pretrain.rpo.bandit import draw_bandit, landmarks
 
 Column = tuple[str, Callable[[Arm], str]]
@@ -88,16 +87,7 @@ VERDICTS = {"bandit": bandit_verdicts, "gold": gold_verdicts, "text": text_verdi
 
 def show(study: OveroptimisationStudy) -> None:
     """Print the tables and the verdicts."""
-    console = Console(width=200, soft_wrap=True)
-    for title, header, rows in _tables(study):
-        table = Table(title=title, title_justify="left")
-        for column, name in enumerate(header):
-            table.add_column(name, justify="left" if column == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for line in _verdicts(study):
-        console.print(line, markup=False)
+    show_tables(_tables(study), _verdicts(study))
 
 
 def write_evidence(study: OveroptimisationStudy, folder: Path) -> list[Path]:

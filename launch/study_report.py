@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from rich.console import Console
-from rich.table import Table
 
 from mixwright.launch.mixing_study import BASELINE, Study
+from mixwright.launch.study_tables import show_tables
 from mixwright.pretrain.sweeps.comparison import Comparison
 
 matplotlib.use("Agg")  # no display on a training node
@@ -24,14 +23,8 @@ LINEAR_PERCENT = 4.0
 
 def show(study: Study) -> None:
     """Print one table per setting."""
-    console = Console(width=200, soft_wrap=True)
-    for setting, rows in _tables(study).items():
-        table = Table(title=_title(study, setting), title_justify="left")
-        for column, name in enumerate(_columns(study, setting)):
-            table.add_column(name, justify="left" if column == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    tables = _tables(study).items()
+    show_tables((_title(study, setting), _columns(study, setting), rows) for setting, rows in tables)
 
 
 def write_evidence(study: Study, folder: Path) -> tuple[Path, Path]:

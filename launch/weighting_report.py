@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import mean
 
 from matplotlib import pyplot
-from rich.console import Console
-from rich.table import Table
 
 from mixwright.launch.study_report import markdown, percent
+from mixwright.launch.study_tables import show_tables
 from mixwright.launch.weighting_study import BASELINE, WeightingStudy
 
 HEADER = ("strategy", "seeds", "mean ppl", "difference in %", "steps to baseline", "effective samples", "throughput")
@@ -18,14 +17,7 @@ HEADER = ("strategy", "seeds", "mean ppl", "difference in %", "steps to baseline
 
 def show(study: WeightingStudy) -> None:
     """Print one table per kind of data."""
-    console = Console(width=160, soft_wrap=True)
-    for data in study.config.data:
-        table = Table(title=data, title_justify="left")
-        for column, name in enumerate(HEADER):
-            table.add_column(name, justify="left" if column == 0 else "right")
-        for row in _rows(study, data):
-            table.add_row(*row)
-        console.print(table)
+    show_tables(((data, HEADER, _rows(study, data)) for data in study.config.data), width=160)
 
 
 def write_evidence(study: WeightingStudy, folder: Path) -> tuple[Path, Path]:

@@ -24,7 +24,6 @@ class MetricsView:
 
     def __init__(self, run_dir: Path, with_figures: bool) -> None:
         self._tail = LineTail(run_dir / METRICS)
-        self._with_figures = with_figures
         self._kinds = ("step", "weights", "test", "end", *(("train", "evaluation") if with_figures else ()))
         self._restarts = 0
         self._clear()

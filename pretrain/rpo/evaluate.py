@@ -82,7 +82,7 @@ class SampleView:
         return index_n.tolist(), sample_completions(policy, prompts, settings, mix_key(key, self.seed) >> 1)
 
 
-def divergence(policy: PolicyModel, reference: PolicyModel, view: SampleView) -> dict[str, float]:
+def divergence(policy: PolicyModel, reference: PolicyModel | None, view: SampleView) -> dict[str, float]:
     """KL(policy || reference) of completions, nats, on fresh samples of the policy, with its standard error."""
     indices, drawn = view.draw(policy, view.config.kl_samples, 1.0, _KL)
     prompts = [view.pairs.group(index).prompt for index in indices]

@@ -200,12 +200,16 @@ class RpoJob:
             write_generations(policy, view, step, self.config.run_dir)
         if not view.config.kl_samples:
             return {}
-        if step == 0 and self.config.model.lora is None:
-            reference = policy
-        else:
-            plain = self.config.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
-            reference = load_policy(plain, layout="padded").to(next(policy.parameters())).eval()
-        return {"divergence": divergence(policy, reference, view)}
+        return {"divergence": divergence(policy, self._reference(policy, step), view)}
+
+    def _reference(self, policy: PolicyModel, step: int) -> PolicyModel | None:
+        """The reference model for a moment; None where it is the policy without its adapters."""
+        if self.config.model.lora is not None:
+            return None
+        if step == 0:
+            return policy
+        plain = self.config.model.model_copy(update={"gradient_checkpointing": False})
+        return load_policy(plain, layout="padded").to(next(policy.parameters())).eval()
 
     @contextlib.contextmanager
     def _policy_on_leader(self) -> Iterator[PolicyModel | None]:

@@ -80,11 +80,13 @@ def _until_end(completion: NDArray[np.int32], ends_at: tuple[int, ...]) -> NDArr
 @torch.no_grad()
 def divergence_on_samples(
     policy: PolicyModel,
-    reference: PolicyModel,
+    reference: PolicyModel | None,
     prompts: Sequence[NDArray[np.int32]],
     completions: Sequence[NDArray[np.int32]],
 ) -> list[float]:
     """KL(policy || reference) over each completion, nats: the sum over its tokens of the divergence of next tokens.
+
+    `reference` None is the policy without its adapters.
 
     Its mean over the policy's own samples is an unbiased estimate of the divergence of whole completions, with less
     noise than log-ratios of the samples (Rao-Blackwellised; spec/posttraining.md 5.4).
@@ -96,9 +98,9 @@ def divergence_on_samples(
             found.append(0.0)
             continue
         packed = lay_out([Group(0, prompt, (completion,))], "padded").to(device)
-        hidden = [_predicting_states(model, packed) for model in (policy, reference)]
+        hidden = [_predicting_states(policy, packed), _reference_states(policy, reference, packed)]
         parts = zip(*(torch.split(states_MD, KL_BLOCK_TOKENS) for states_MD in hidden), strict=True)
-        found.append(sum(_divergence(policy, own_mD, reference, other_mD) for own_mD, other_mD in parts))
+        found.append(sum(_divergence(policy, own_mD, reference or policy, other_mD) for own_mD, other_mD in parts))
     return found
 
 
@@ -106,6 +108,13 @@ def _predicting_states(model: PolicyModel, packed: PackedGroups) -> Tensor:
     """What the head is given for each predicted token of one sequence, [M, D]."""
     hidden_BTD: Tensor = model.backbone(input_ids=packed.tokens_BT, use_cache=False).last_hidden_state
     return hidden_BTD[0, packed.source_M]
+
+
+def _reference_states(policy: PolicyModel, reference: PolicyModel | None, packed: PackedGroups) -> Tensor:
+    if reference is not None:
+        return _predicting_states(reference, packed)
+    with policy.without_adapters():
+        return _predicting_states(policy, packed)
 
 
 def _divergence(policy: PolicyModel, own_mD: Tensor, reference: PolicyModel, other_mD: Tensor) -> float:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from mixwright.data_mixing.config_file import StrictModel, validate
-from mixwright.data_mixing.errors import ConfigError
 from mixwright.data_mixing.staging import atomic_file
+from mixwright.pretrain.records import read_record
 from mixwright.pretrain.rpo.config import ObjectiveConfig
 
 CODE_VERSION = 1
@@ -72,13 +72,8 @@ def content_key(content: Mapping[str, Any]) -> str:
 def find_record(trial: Trial, folder: Path) -> TrialRecord | None:
     """The record of a finished trial, None when there is none; raises ConfigError for a file that is none."""
     path = folder / f"{trial_key(trial)}.json"
-    try:
-        tree = dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: not the record of a trial ({error}); remove it to run again") from None
-    return validate(TrialRecord, tree, str(path))
+    tree = read_record(path, "a trial")
+    return None if tree is None else validate(TrialRecord, tree, str(path))
 
 
 def perform(trial: Kind, folder: Path, run: Callable[[Kind], tuple[CurvePoint, ...]]) -> TrialRecord:

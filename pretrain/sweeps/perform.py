@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -11,9 +10,10 @@ from pathlib import Path
 import torch
 
 from mixwright.data_mixing.config_file import validate
-from mixwright.data_mixing.errors import ConfigError, DataError
+from mixwright.data_mixing.errors import DataError
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.proxy import ProxyRecord, ProxyRun, run_key, train_proxy
+from mixwright.pretrain.records import read_record
 from mixwright.pretrain.sweeps.doge import DogeRun, train_doge
 
 Execute = Callable[[Sequence[ProxyRun]], list[ProxyRecord]]
@@ -23,14 +23,8 @@ Execute = Callable[[Sequence[ProxyRun]], list[ProxyRecord]]
 def find_record(run: ProxyRun, folder: Path, fingerprint: str) -> ProxyRecord | None:
     """The record of a finished run, None when there is none; raises ConfigError for a file that is none."""
     path = folder / f"{run_key(run, fingerprint)}.json"
-    try:
-        tree = dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: not the record of a run ({error}); remove it to run again") from None
-    record = validate(ProxyRecord, {**tree, "run": run}, str(path))
-    return record
+    tree = read_record(path, "a run")
+    return None if tree is None else validate(ProxyRecord, {**tree, "run": run}, str(path))
 
 
 def perform(run: ProxyRun, folder: Path, num_threads: int = 1) -> ProxyRecord:

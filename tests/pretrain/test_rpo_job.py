@@ -168,6 +168,20 @@ def counts_in(output: str) -> tuple[str, str]:
     return trained.split(" trained")[0], whole
 
 
+def test_a_loss_that_sees_the_whole_step_does_not_depend_on_how_it_is_cut(home: Path, tmp_path: Path) -> None:
+    """AUC compares completions of all ranks and micro-batches with each other."""
+    norms = []
+    for name, size, how in (("whole", 8, {}), ("cut", 2, {"num_ranks": 2})):
+        config = config_in(
+            home, tmp_path / name, objective__loss="auc", training__num_steps=4, training__micro_batch_pairs=size,
+            training__pairs_per_step=8, training__num_threads=1, evaluation__every=0, evaluation__kl_samples=0,
+            evaluation__generations=0,
+        )  # fmt: skip
+        run_job(config, script=SCRIPT, **how)
+        norms.append(of_steps(tmp_path / name / "aligned", "grad_norm"))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_samples_of_the_reference_can_be_what_is_learned(home: Path, tmp_path: Path) -> None:
     sft = {"reduction": "token_mean", "weight": 0.5, "base": "reference"}
     config = config_in(home, tmp_path, objective__sft=sft, training__num_steps=4)
@@ -201,11 +215,14 @@ def test_a_damaged_reference_is_found_by_computing_some_again(home: Path, tmp_pa
     run_job(config, script=SCRIPT)
     (part,) = (tmp_path / "preferences").glob("pairs-*/reference-*/train/part-*.npy")
     values = np.load(part)
-    values[5, 1] += 3.0
+    values[:, 1] += 3.0
     np.save(part, values)
     code, line = refusal(config, "run.name=again")
     assert code == 2
     assert "differ by" in line
+    code, line = refusal(config, "run.name=again", "reference.verify_pairs=0")
+    assert code == 2
+    assert "before the first step is" in line
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,21 @@ export function el(tag, properties = {}, ...children) {
   return node;
 }
 
+/** Buttons that choose between the losses of two splits; the chosen one is pressed. */
+export function splitButtons(chosen, choose) {
+  const names = { train: "training", validation: "validation" };
+  const buttons = Object.entries(names).map(([split, text]) =>
+    el("button", { type: "button", text, "aria-pressed": String(split === chosen) }),
+  );
+  buttons.forEach((button, i) =>
+    button.addEventListener("click", () => {
+      buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+      choose(Object.keys(names)[i]);
+    }),
+  );
+  return buttons;
+}
+
 export const byId = (id) => document.getElementById(id);
 
 const colours = new Map();

@@ -1,7 +1,7 @@
 // Mixture and losses: what is read and what came of it.
 import { get } from "./api.js";
 import { StepChart, palette } from "./charts.js";
-import { count, el, empty, fixed, percent, table } from "./dom.js";
+import { count, el, empty, fixed, percent, splitButtons, table } from "./dom.js";
 
 const MOST_SHOWN = palette.length;
 
@@ -175,25 +175,12 @@ export class LossPanel {
     this.body = body;
     this.context = context;
     this.split = "train";
-    this.buttons = [
-      ["train", "training"],
-      ["validation", "validation"],
-    ].map(([split, text]) =>
-      el("button", {
-        type: "button",
-        text,
-        "aria-pressed": String(split === this.split),
-        onclick: () => this.choose(split),
-      }),
-    );
-    this.splits = ["train", "validation"];
-    tools.append(...this.buttons);
+    tools.append(...splitButtons(this.split, (split) => this.choose(split)));
     this.hidden = new Set();
   }
 
   choose(split) {
     this.split = split;
-    this.buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(this.splits[i] === split)));
     if (this.data) this.draw(this.data, this.context.run());
   }
 

@@ -1,7 +1,7 @@
 // Speed and memory, figures of runs without a journal, and runs beside each other.
 import { get } from "./api.js";
 import { StepChart, palette } from "./charts.js";
-import { count, el, empty, fixed, percent, short, table } from "./dom.js";
+import { count, el, empty, fixed, percent, short, splitButtons, table } from "./dom.js";
 import { swatch } from "./mixture.js";
 
 export class ThroughputPanel {
@@ -148,25 +148,11 @@ export class ComparePanel {
   constructor(body, tools) {
     this.body = body;
     this.split = "train";
-    this.buttons = [
-      ["train", "training"],
-      ["validation", "validation"],
-    ].map(([split, text]) =>
-      el("button", {
-        type: "button",
-        text,
-        "aria-pressed": String(split === this.split),
-        onclick: () => this.choose(split),
-      }),
-    );
-    tools.append(...this.buttons);
+    tools.append(...splitButtons(this.split, (split) => this.choose(split)));
   }
 
   choose(split) {
     this.split = split;
-    this.buttons.forEach((button) =>
-      button.setAttribute("aria-pressed", String(button.textContent.startsWith(split.slice(0, 5)))),
-    );
     if (this.data) this.draw(this.data);
   }
 
