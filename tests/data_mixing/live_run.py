@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,14 @@ class LiveRun:
     def entries(self, type_: str) -> list[Entry]:
         """The journal's entries of one type, in order."""
         return [entry for entry in read_entries(self.folder) if entry.type == type_]
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Until `condition()` holds; fails after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {timeout_s:g} s"
+        time.sleep(0.05)
 
 
 class ControllerThread:

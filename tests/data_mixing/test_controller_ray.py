@@ -35,6 +35,7 @@ from mixwright.data_mixing.service import (
     start_service,
     stop_service,
 )
+from tests.data_mixing.live_run import wait_until
 from tests.data_mixing.run_cases import TrainerSide
 
 pytestmark = pytest.mark.ray
@@ -84,13 +85,6 @@ def policies_of(run_dir: Path, request_id: str) -> list[int]:
         for entry in read_entries(run_dir / "journal")
         if isinstance(entry.body, PolicyEntry) and entry.body.request_id == request_id
     ]
-
-
-def wait_until(condition: object, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.1)
 
 
 def folder_of(record: ServiceRecord) -> Path:

@@ -18,7 +18,7 @@ from mixwright.data_mixing.errors import PolicyRejected
 from mixwright.data_mixing.history import HistoryState, RunHistory
 from mixwright.data_mixing.journal import Journal, read_entries, verify
 from mixwright.data_mixing.store import TokenStore
-from tests.data_mixing.live_run import ControllerThread, LiveRun, genesis_of
+from tests.data_mixing.live_run import ControllerThread, LiveRun, genesis_of, wait_until
 
 ODM: dict[str, Any] = {"kind": "odm", "round_steps": 12}
 AIOLI: dict[str, Any] = {"kind": "aioli", "sweeps": 1, "sweep_steps": 2, "round_steps": 20}
@@ -127,6 +127,7 @@ def test_a_controller_that_comes_late_decides_what_is_due_and_goes_on(store: Tok
     run = LiveRun(tmp_path, store, 100, {**ODM, "guard": {"timeout_s": busy_machine_s}})
     run.run(0, 20)
     with ControllerThread(tmp_path):
+        wait_until(lambda: bool(decisions(run)))  # nobody waits for a boundary that was passed: steps would run ahead
         run.run(20)
     first, *later = [(decision.step, decision.decision) for decision in decisions(run)]
     assert first == (12, 0)
