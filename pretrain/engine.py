@@ -172,8 +172,15 @@ class Engine:
         return self._engine.module
 
     def forward(self, *inputs: Any) -> Any:
-        """What the model makes of one micro-batch."""
-        return self._engine(*inputs)
+        """What the model makes of one micro-batch: tensors in tuples, lists or dicts.
+
+        Raises TypeError for another container: DeepSpeed would not find the tensors in it, so it would not see that a
+        backward pass begins, and BF16_Optimizer would add earlier micro-batches of a step once more.
+        """
+        found = self._engine(*inputs)
+        if not isinstance(found, Tensor | tuple | list | dict):
+            raise TypeError(f"the model returns {type(found).__name__}, expected tensors in a tuple, list or dict")
+        return found
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)

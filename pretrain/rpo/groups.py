@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,7 @@ class Group:
         return len(self.prompt) + sum(map(len, self.completions))
 
 
-@dataclass(frozen=True)
-class CompletionLogProbs:
+class CompletionLogProbs(NamedTuple):
     """Of P groups with C completions each.
 
     `logp_PC` is the sum of the log-probabilities of a completion's tokens (nats, float32), `length_PC` their number,

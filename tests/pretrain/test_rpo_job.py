@@ -182,6 +182,21 @@ def test_a_loss_that_sees_the_whole_step_does_not_depend_on_how_it_is_cut(home: 
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("how", "tolerance"),
+    [({"model__dtype": "bfloat16"}, 0.03), ({"training__zero_stage": 2}, 2e-3)],
+    ids=["bfloat16", "zero-2"],
+)
+def test_micro_batches_add_up_where_deepspeed_keeps_the_gradients(
+    home: Path, undisturbed: Path, tmp_path: Path, how: dict[str, Any], tolerance: float
+) -> None:
+    """It must see every backward pass begin, or it counts earlier micro-batches of a step twice."""
+    quick = {"evaluation__every": 0, "evaluation__kl_samples": 0, "evaluation__generations": 0}
+    run_job(config_in(home, tmp_path, **how, **quick), "training.micro_batch_pairs=2", script=SCRIPT)
+    found, expected = (of_steps(folder, "grad_norm")[:4] for folder in (tmp_path / "aligned", undisturbed))
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
 def test_samples_of_the_reference_can_be_what_is_learned(home: Path, tmp_path: Path) -> None:
     sft = {"reduction": "token_mean", "weight": 0.5, "base": "reference"}
     config = config_in(home, tmp_path, objective__sft=sft, training__num_steps=4)
