@@ -107,7 +107,6 @@ _stage(
 )
 def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     """Jobs of ours that the cluster knows, the newest last. A head that was started anew knows none of before."""
-    from mixwright.launch.console import RunConsole
     from mixwright.launch.jobs_api import connect
     from mixwright.launch.supervisor import RUN, STAGE
 
@@ -118,8 +117,10 @@ def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     if not jobs:
         typer.echo("the cluster knows no job of ours")
         return
-    rows = [[job.submission_id, job.metadata[STAGE], _status(job), _time(job.started_ms)] for job in jobs]
-    RunConsole(quiet=False).table("cluster jobs", ["job", "stage", "status", "since"], rows)
+    longest = max(len(job.submission_id) for job in jobs)
+    for job in jobs:  # plain lines: an id that a narrow terminal cuts can be copied nowhere
+        stage, status = job.metadata[STAGE], _status(job)
+        typer.echo(f"{job.submission_id:<{longest}}  {stage:<8}  {status:<9}  since {_time(job.started_ms)}")
 
 
 @app.command(epilog=examples("mixwright submit status exp", "mixwright submit status exp --json"))

@@ -53,7 +53,8 @@ class Course:
     """What the supervisor remembers of a run. `attempt` counts jobs; `due` is when the next one is to be sent.
 
     `fruitless` counts attempts in a row that did not get beyond `step_before`, the best step when they began.
-    `still_from`: a lack of progress before it means nothing.
+    `still_from`: a lack of progress before it means nothing. `refused_since`: since when the cluster, if it answers,
+    has taken no job.
     """
 
     attempt: int = 0
@@ -65,6 +66,7 @@ class Course:
     answered_at: float | None = None
     is_blind: bool = False
     still_from: float = 0.0
+    refused_since: float | None = None
     stop_reason: str = ""
 
 
@@ -89,15 +91,18 @@ def decide(course: Course, sight: Sight, limits: Limits) -> tuple[Course, Action
         course = replace(course, is_blind=False, still_from=sight.now)
     course = replace(course, answered_at=sight.now, best_step=max(course.best_step, sight.step))
     if not course.is_submitted:
-        return _submit_when_due(course, sight)
+        return _submit_when_due(course, sight, limits)
+    course = replace(course, refused_since=None)
     if sight.status in LIVE:
         return _watch(course, sight, limits)
     return _after(course, sight, limits)
 
 
 def postponed(course: Course, now: float, limits: Limits) -> Course:
-    """The course after a submission that did not reach the cluster."""
-    return replace(course, attempt=course.attempt - 1, is_submitted=False, due=now + limits.first_pause_s)
+    """The course after a submission that the cluster did not take."""
+    since = now if course.refused_since is None else course.refused_since
+    due = now + limits.first_pause_s
+    return replace(course, attempt=course.attempt - 1, is_submitted=False, due=due, refused_since=since)
 
 
 def _out_of_sight(course: Course, sight: Sight, limits: Limits) -> tuple[Course, Action]:
@@ -108,7 +113,10 @@ def _out_of_sight(course: Course, sight: Sight, limits: Limits) -> tuple[Course,
     return course, WAIT
 
 
-def _submit_when_due(course: Course, sight: Sight) -> tuple[Course, Action]:
+def _submit_when_due(course: Course, sight: Sight, limits: Limits) -> tuple[Course, Action]:
+    since = sight.now if course.refused_since is None else course.refused_since
+    if sight.now - since > limits.unreachable_s:
+        return course, Action("end", f"the cluster has taken no job for {_minutes(sight.now - since)}", UNREACHABLE)
     if sight.now < course.due:
         return course, WAIT
     attempt = course.attempt + 1

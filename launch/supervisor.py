@@ -136,6 +136,7 @@ class Supervisor:
     def _submit(self, course: Course) -> Course:
         sent = find_or_send(self._api, self._manifest, self._python, course.attempt)
         self._name = sent.name
+        self._tell_back()
         self._say(
             f"following job {sent.name}, which is {sent.status}"
             if sent.status
@@ -150,7 +151,8 @@ class Supervisor:
         try:
             if not course.is_submitted:
                 self._api.jobs()
-                self._tell_back()
+                if course.refused_since is None:  # a head that lists jobs may take none
+                    self._tell_back()
                 return Sight(now)
             job = self._api.job(self._name)
         except ClusterUnreachable as error:

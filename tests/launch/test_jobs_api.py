@@ -16,7 +16,10 @@ from aiohttp import web
 
 from mixwright.data_mixing.errors import ConfigError, MixingError, ServiceUnavailable
 from mixwright.launch.job_log import JobLog, progress_of
+from mixwright.launch.job_manifest import JobManifest
 from mixwright.launch.jobs_api import ClusterUnreachable, JobsApi, connect, token_headers
+from mixwright.launch.supervise import UNREACHABLE, Limits
+from mixwright.launch.supervisor import Supervisor
 
 Handler = Callable[[web.Request], object]
 
@@ -75,6 +78,21 @@ def test_each_refusal_is_one_line_and_says_whether_it_may_pass(
     assert "\n" not in str(refused.value)
     assert type(refused.value) is kind
     assert refused.value.exit_code == 3
+
+
+def test_a_head_that_lists_jobs_but_takes_none_is_told_of_once(tmp_path: Path) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        if request.method == "GET":
+            return web.json_response([])
+        return web.Response(status=500, text="No available agent to submit job, please try again later.")
+
+    said: list[str] = []
+    manifest = JobManifest(stage="pretrain", run="exp", run_dir=tmp_path, config={}, code="tests")
+    limits = Limits(first_pause_s=0.1, unreachable_s=3.0)
+    with server(answer) as url:
+        assert Supervisor(JobsApi(url, {}), manifest, "python", limits, said.append).run() == UNREACHABLE
+    assert "No available agent" in said[0]
+    assert [line.split(" for ")[0] for line in said[1:]] == ["the cluster has taken no job"]
 
 
 def test_a_frozen_head_is_given_up_after_the_time_limit() -> None:

@@ -165,6 +165,17 @@ def test_a_submission_that_did_not_arrive_is_no_attempt() -> None:
     assert (world.course.attempt, world.course.fruitless) == (1, 0)
 
 
+def test_a_cluster_that_answers_but_takes_no_job_is_given_up_too() -> None:
+    world = World()
+    actions = []
+    while not actions or actions[-1].kind != "end":
+        actions.append(world.see(Sight(0.0), after_s=60))
+        if actions[-1].kind == "submit":
+            world.course = postponed(world.course, world.now, LIMITS)
+    assert (actions[-1].code, len(actions)) == (3, 17)  # refused first at 60 s, given up after more than 15 min
+    assert "has taken no job for 16 min" in actions[-1].why
+
+
 def test_a_job_that_was_found_running_is_followed_and_its_steps_count() -> None:
     world = World()
     world.submit()
