@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--domains", type=int, default=Size.num_domains)
     parser.add_argument("--rounds", type=int, default=9, help="0: only the memory over polls")
     parser.add_argument("--polls", type=int, default=POLLS_AN_HOUR)
+    parser.add_argument("--interval", type=float, default=0.0, help="seconds between polls; 2 is what a page does")
     parser.add_argument("--run", type=Path, help="a run folder made before by this command, to measure again")
     arguments = parser.parse_args()
     size = Size(arguments.steps, arguments.domains, arguments.commits)
@@ -70,7 +71,7 @@ def main() -> None:
             run_dir = arguments.run or Path(folder) / "large"
             make(console, run_dir, size)
             measure(console, run_dir, size, arguments.rounds)
-        watch(console, Path(folder) / "growing", arguments.polls)
+        watch(console, Path(folder) / "growing", arguments.polls, arguments.interval)
 
 
 def make(console: Console, run_dir: Path, size: Size) -> None:
@@ -185,7 +186,7 @@ def timed(act: Callable[[], object], rounds: int) -> list[float]:
     return found
 
 
-def watch(console: Console, run_dir: Path, polls: int) -> None:
+def watch(console: Console, run_dir: Path, polls: int, interval_s: float) -> None:
     """An hour's polls of a run that grows all the time, with a page that draws what is new. Prints the slopes."""
     run = LargeRun(run_dir, GROWING)
     run.write(STEPS_BEFORE)
@@ -198,6 +199,7 @@ def watch(console: Console, run_dir: Path, polls: int) -> None:
         for poll in range(-polls // 2, polls):  # half an hour to warm up: caches, pools of memory
             run.write(run.step + STEPS_PER_POLL)
             browser.execute_async_script("window.mixwright.poll().then(arguments[0])")
+            time.sleep(interval_s)
             if poll >= 0 and poll % max(polls // 60, 1) == 0:
                 server.append(memory_bytes(started.process.pid) / 2**20)
                 heap.append(browser.execute_script(HEAP) / 2**20)
