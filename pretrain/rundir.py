@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.snapshot import resume
 from mixwright.pretrain.errors import RunInUse, TrainingError
+
+logger = logging.getLogger(__name__)
 
 LOCK = "trainer.lock"
 
@@ -33,6 +36,8 @@ def sole_trainer(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise RunInUse(f"{run_dir}: another trainer is working on this run ({file.read().strip()})") from None
+        except OSError as error:  # Lustre without -o flock, some FUSE: the journal's lease is what is left
+            logger.warning("%s: no file locks here (%s): a second trainer is stopped late", run_dir, error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
