@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixwright.data_mixing.errors import (
+    AccessRefused,
     DataError,
     JournalConflict,
     JournalError,
@@ -22,6 +23,7 @@ MAX_MESSAGE_CHARACTERS = 400
 _ERRORS: dict[str, type[MixingError]] = {
     error.__name__: error
     for error in (
+        AccessRefused,
         DataError,
         JournalConflict,
         JournalError,
@@ -44,6 +46,11 @@ def unpack(answer: Answer) -> Answer:
         raise _ERRORS.get(str(answer["error"]), ServiceUnavailable)(str(answer["message"]))
     ok: Answer = answer["ok"]
     return ok
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which a terminal would obey: others wrote it."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def one_line(error: BaseException) -> str:

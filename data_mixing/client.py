@@ -25,6 +25,7 @@ from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import PolicyRejected, ServiceUnavailable
 from mixwright.data_mixing.journal import read_entries
 from mixwright.data_mixing.policy import plain_mapping, read_text
+from mixwright.data_mixing.run_token import GUARDED_VERBS, find_token
 from mixwright.data_mixing.service import POLL_INTERVAL_S, ServiceRecord, has_host, read_record, service_status
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,10 @@ STILL_WAITING_S = 10.0
 
 
 class MixingClient:
-    """The controller's verbs. Each raises ServiceUnavailable when there is no answer within `timeout_s`."""
+    """The controller's verbs. Each raises ServiceUnavailable when there is no answer within `timeout_s`.
+
+    Those that change something raise AccessRefused without the run's token (`run_token.py`).
+    """
 
     def __init__(self, run_dir: Path, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._run_dir, self._timeout_s = run_dir, timeout_s
@@ -83,13 +87,14 @@ class MixingClient:
 
     def _call(self, verb: str, arguments: Mapping[str, Any]) -> Answer:
         record = self._ready_service()
+        sent = {**arguments, "token": find_token(self._run_dir)} if verb in GUARDED_VERBS else arguments
         request = {
             "address": record.address,
             "actor": record.actor,
             "private": record.private,
             "token_path": str(record.token_path) if record.token_path else None,
             "verb": verb,
-            "arguments": arguments,
+            "arguments": sent,
             "timeout_s": self._timeout_s,
         }
         try:

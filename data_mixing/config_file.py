@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixwright.data_mixing.errors import ConfigError, nearest
+from mixwright.data_mixing.plain_data import parse_yaml, read_text, secret_in
 
 
 class StrictModel(BaseModel):
@@ -35,19 +36,30 @@ def load_config(model: type[Model], path: Path, overrides: Sequence[str] = ()) -
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ConfigError naming the file (and line, for a syntax error)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{nearest(path.name, siblings) if siblings else ''}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top level, found {type(tree).__name__}")
+    _refuse_secrets(tree, str(path))
     return tree
+
+
+def _refuse_secrets(tree: Any, origin: str) -> None:
+    """What is configured is copied: into the run's folder, manifests of jobs and stores, the journal."""
+    key = secret_in(tree)
+    if key is not None:
+        raise ConfigError(
+            f"{origin}: {key}: a secret has no place in a configuration, which is copied to where others read it; "
+            "give it by the environment variable that its owner documents"
+        )
 
 
 def set_override(tree: dict[str, Any], override: str) -> None:
@@ -62,11 +74,10 @@ def set_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}"
-        ) from None
+        node[leaf] = parse_yaml(value)
+        _refuse_secrets({leaf: node[leaf]}, f"override {key}")
+    except ValueError as error:
+        raise ConfigError(f"override {reprlib.repr(override)}: the value is not valid YAML: {error}") from None
 
 
 def validate(model: type[Model], tree: Mapping[str, Any], origin: str) -> Model:

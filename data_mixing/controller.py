@@ -1,7 +1,8 @@
 """The controller of a run as the detached Ray actor `mixing/<run>`, and the one door to Ray.
 
-The actor is thin: what it does is in `control.py`. Of two controllers on one journal the newer lease wins; the older
-one refuses every verb and ends its actor.
+The actor is thin: what it does is in `control.py`. Verbs that change something need the run's token
+(`run_token.py`). Of two controllers on one journal the newer lease wins; the older one refuses every verb and ends its
+actor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mixwright.data_mixing.answers import Answer, failure, one_line, unpack
 from mixwright.data_mixing.control import MixingController
-from mixwright.data_mixing.errors import JournalConflict, MixingError, PolicyRejected, ServiceUnavailable
+from mixwright.data_mixing.errors import AccessRefused, JournalConflict, MixingError, PolicyRejected, ServiceUnavailable
+from mixwright.data_mixing.run_token import TOKEN_FILE, TOKEN_VARIABLE, check_token
 from mixwright.data_mixing.service import TOKEN_REMEDY, check_listening
 
 logger = logging.getLogger(__name__)
@@ -41,23 +43,35 @@ class ControllerActor:
     would end the actor for good. A thread makes the decisions of online policies; verbs wait for one under way.
     """
 
-    def __init__(self, journal_folder: str, holder: str) -> None:
-        self._journal_folder, self._holder = Path(journal_folder), holder
+    def __init__(self, journal_folder: str, holder: str, token_digest: str) -> None:
+        self._journal_folder, self._holder, self._token_digest = Path(journal_folder), holder, token_digest
         self._controller: MixingController | None = None
         self._lock = threading.RLock()
         threading.Thread(target=self._decide, name="decide", daemon=True).start()
 
-    def submit(self, document: Any, request_id: str = "") -> Answer:
-        return self._answer(lambda controller: controller.submit(document, request_id))
+    def submit(self, document: Any, request_id: str = "", token: str | None = None) -> Answer:
+        return self._change("submit", token, lambda controller: controller.submit(document, request_id))
 
-    def cancel(self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "") -> Answer:
-        return self._answer(lambda controller: controller.cancel(policy_lsn, request_id, author, why))
+    def cancel(
+        self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "", token: str | None = None
+    ) -> Answer:
+        return self._change("cancel", token, lambda controller: controller.cancel(policy_lsn, request_id, author, why))
 
-    def pause(self, held: bool, request_id: str = "", author: str = "", why: str = "") -> Answer:
-        return self._answer(lambda controller: controller.pause(held, request_id, author, why))
+    def pause(
+        self, held: bool, request_id: str = "", author: str = "", why: str = "", token: str | None = None
+    ) -> Answer:
+        return self._change("pause", token, lambda controller: controller.pause(held, request_id, author, why))
 
-    def roll_back(self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "") -> Answer:
-        return self._answer(lambda controller: controller.roll_back(policy_lsn, request_id, author, why))
+    def roll_back(
+        self, policy_lsn: int, request_id: str = "", author: str = "", why: str = "", token: str | None = None
+    ) -> Answer:
+        return self._change(
+            "roll_back", token, lambda controller: controller.roll_back(policy_lsn, request_id, author, why)
+        )
+
+    def end(self, token: str | None = None) -> Answer:
+        """Whether the caller may end this actor, which is then done from outside: an actor may hang."""
+        return self._refusal("end", token) or {"ok": {}}
 
     def status(self) -> Answer:
         return self._answer(MixingController.status)
@@ -66,7 +80,7 @@ class ControllerActor:
         return self._answer(lambda controller: controller.history(since_lsn))
 
     def ping(self) -> Answer:
-        return self._answer(MixingController.ping)
+        return self._answer(lambda controller: {**controller.ping(), "token_digest": self._token_digest})
 
     def _decide(self) -> None:
         """Thread: journal what online policies decide, as soon as it is due."""
@@ -81,6 +95,18 @@ class ControllerActor:
             except Exception:
                 logger.exception("a decision cannot be made, trying again in %g s", RETRY_INTERVAL_S)
                 time.sleep(RETRY_INTERVAL_S)
+
+    def _change(self, name: str, token: str | None, verb: Callable[[MixingController], Answer]) -> Answer:
+        """The answer of a verb that changes something."""
+        return self._refusal(name, token) or self._answer(verb)
+
+    def _refusal(self, name: str, token: str | None) -> Answer | None:
+        """The answer to a wrong token, given before anything is looked at; None for the right one."""
+        try:
+            check_token(name, token, self._token_digest, self._journal_folder.parent)
+        except AccessRefused as error:
+            return failure(error)
+        return None
 
     def _answer(self, verb: Callable[[MixingController], Answer]) -> Answer:
         with self._lock:
@@ -157,11 +183,14 @@ def actor_name(run: str) -> str:
     return f"mixing/{run}"
 
 
-def create_controller(run: str, journal_folder: Path, holder: str, timeout_s: float) -> tuple[Any, str]:
+def create_controller(
+    run: str, journal_folder: Path, holder: str, token_digest: str, timeout_s: float
+) -> tuple[Any, str]:
     """The run's actor in the cluster that this process is attached to, created or found; it answers.
 
     Returns it and its name in the journal, which is another than `holder` for one that was found. Raises
-    ServiceUnavailable when it does not answer, or when a run of the same name in another folder has it.
+    ServiceUnavailable when it does not answer, when a run of the same name in another folder has it, or when one that
+    was found knows another token.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = ray.remote(ControllerActor).options(
@@ -174,12 +203,17 @@ def create_controller(run: str, journal_folder: Path, holder: str, timeout_s: fl
         max_task_retries=-1,
         scheduling_strategy=here,
     )
-    actor = options.remote(str(journal_folder), holder)
+    actor = options.remote(str(journal_folder), holder, token_digest)
     pong = call(actor, "ping", {}, timeout_s)
     if pong["journal"] != str(journal_folder):
         raise ServiceUnavailable(
             f"actor {actor_name(run)!r} of this cluster serves {pong['journal']}; give the run of {journal_folder} "
             "another name"
+        )
+    if pong.get("token_digest") != token_digest:
+        raise ServiceUnavailable(
+            f"actor {actor_name(run)!r} of this cluster knows another token than {journal_folder.parent / TOKEN_FILE} "
+            f"holds: restore that file, or end the actor with its token in {TOKEN_VARIABLE} (`mix down`)"
         )
     return actor, str(pong["holder"])
 

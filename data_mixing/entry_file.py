@@ -18,6 +18,7 @@ from typing import Any
 from mixwright.data_mixing.config_file import StrictModel, validate
 from mixwright.data_mixing.entries import BODY_TYPES, EntryBody
 from mixwright.data_mixing.errors import ConfigError, JournalError, nearest
+from mixwright.data_mixing.plain_data import parse_json
 
 NO_HASH = "0" * 64
 """`prev` of the first entry."""
@@ -106,10 +107,10 @@ def _decode(path: Path, raw: bytes) -> Entry:
     if digest != recorded:
         raise JournalError(f"{path}: content has hash {digest[:12]}..., recorded is {recorded[:12]}...: it was altered")
     try:
-        tree = json.loads(payload)
+        tree = parse_json(payload)
         lsn, entry_type, body = int(tree["lsn"]), str(tree["type"]), tree["body"]
         writer, clock, prev = str(tree["writer"]), float(tree["time"]), str(tree["prev"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise JournalError(f"{path}: is not a journal entry: {error!r}") from None
     return Entry(lsn, entry_type, _body(path, entry_type, body), writer, clock, prev, recorded)
 

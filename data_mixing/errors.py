@@ -54,6 +54,10 @@ class DomainExhausted(MixingError):
         return type(self), (self.domain, self.step, self.max_epochs)
 
 
+class AccessRefused(MixingError):
+    """A verb that changes something was sent without the run's token, or with a wrong one."""
+
+
 class ServiceUnavailable(MixingError):
     """The controller or its Ray cluster cannot be reached within the time limit."""
 

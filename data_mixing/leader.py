@@ -13,7 +13,7 @@ import time
 from types import TracebackType
 
 from mixwright.data_mixing.entries import Commit, EntryBody, Genesis, Lease, Pass, PolicyEntry
-from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
+from mixwright.data_mixing.errors import JournalConflict, JournalError, PolicyRejected, StoreChanged
 from mixwright.data_mixing.history import CommittedPolicy, RunHistory
 from mixwright.data_mixing.journal import Journal
 from mixwright.data_mixing.snapshot import write_when_due
@@ -227,10 +227,13 @@ def open_run(
     """Start or continue a run as its trainer: the first entries exist, the trainer's lease is ours.
 
     `history` is what `journal` has told already (`snapshot.resume`); None for a journal that was not read yet.
-    Raises StoreChanged or JournalError when the journal was begun with other settings.
+    Raises StoreChanged or JournalError when the journal was begun with other settings, PolicyRejected for a first
+    policy that is a shadow; nothing is written then.
     """
     history = history or RunHistory()
     _catch_up(journal, history)
+    if not history.commits and first_policy.shadow:
+        raise PolicyRejected("shadow: a run begins with a policy that is obeyed; submit the shadow once it trains")
     if not history.has_genesis:
         journal.append(genesis)
         _catch_up(journal, history)

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.domain import Cap
 from mixwright.data_mixing.errors import DataError, StoreChanged
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.staging import atomic_file
 
 FORMAT_VERSION = 1
@@ -117,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _not_a_manifest(path: Path, content: bytes, error: ValidationError) -> DataError:
     """What is wrong with a manifest: first of all its version, by which everything else may differ."""
     try:
-        tree = json.loads(content)
+        tree = parse_json(content)
     except ValueError as problem:
         return DataError(f"{path}: not JSON: {problem}")
     version = tree.get("format_version") if isinstance(tree, dict) else None

@@ -15,7 +15,6 @@ import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol, cast
 
-import yaml
 from pydantic import AfterValidator, Field
 
 from mixwright.data_mixing import policies
@@ -24,12 +23,17 @@ from mixwright.data_mixing.domain import Cap
 from mixwright.data_mixing.entries import Genesis, Segment
 from mixwright.data_mixing.errors import ConfigError, PolicyRejected, nearest
 from mixwright.data_mixing.loss_weighting import LossWeighting
+from mixwright.data_mixing.plain_data import is_text, parse_yaml, secret_in
 
 MAX_DOCUMENT_CHARACTERS = 1 << 20
 MAX_DOCUMENT_VALUES = 1 << 17
 """Scalars in a document; more is a mistake, or a YAML file whose aliases expand without end."""
 
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+
+class SecretInDocument(PolicyRejected):
+    """A policy document holds a secret; the journal does not keep it."""
 
 
 def _one_line(text: str) -> str:
@@ -98,8 +102,8 @@ def read_text(text: str) -> Any:
     if len(text) > MAX_DOCUMENT_CHARACTERS:
         raise PolicyRejected(f"document: {len(text)} characters, at most {MAX_DOCUMENT_CHARACTERS} are taken")
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return parse_yaml(text)
+    except ValueError as error:
         raise PolicyRejected(f"document: not valid YAML: {_one_line(str(error))}") from None
 
 
@@ -110,21 +114,31 @@ def plain_mapping(document: Any) -> dict[str, Any]:
     waiting: list[Any] = [document]
     for _ in range(MAX_DOCUMENT_VALUES):
         if not waiting:
-            return dict(document)
+            return _without_secrets(document)
         value = waiting.pop()
         if isinstance(value, Mapping):
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple)):
             waiting += value
-        elif not (value is None or isinstance(value, (str, int, float))):
+        elif not (value is None or (is_text(value) if isinstance(value, str) else isinstance(value, (int, float)))):
             raise PolicyRejected(f"document: expected plain text, numbers and lists, found {reprlib.repr(value)}")
     raise PolicyRejected(f"document: more than {MAX_DOCUMENT_VALUES:,} values, or an endless alias")
+
+
+def _without_secrets(document: Mapping[str, Any]) -> dict[str, Any]:
+    key = secret_in(document)
+    if key is not None:
+        raise SecretInDocument(f"{key}: a secret has no place in a policy: everybody who has the journal can read it")
+    return dict(document)
 
 
 def recordable(document: Any) -> Any:
     """What the journal keeps of a refused document: itself when it is JSON, else a short description of it."""
     try:
-        mapping = plain_mapping(document)
+        tree = read_text(document) if isinstance(document, str) else document
+        mapping = plain_mapping(tree)
         return json.loads(json.dumps(mapping, allow_nan=False))
+    except SecretInDocument:
+        return "(withheld: it holds a secret)"
     except (PolicyRejected, ValueError, TypeError, RecursionError):
         return document[:1000] if isinstance(document, str) else reprlib.repr(document)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixwright.data_mixing.errors import JournalError
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.plan import Plan
 from mixwright.data_mixing.snapshot import resume
 
@@ -40,10 +41,10 @@ class Seal:
     def read(cls, run_dir: Path) -> Seal:
         """The newest seal; one that seals nothing when there is none."""
         try:
-            before_step, lsn = json.loads((run_dir / NAME).read_text())
+            before_step, lsn = map(int, parse_json((run_dir / NAME).read_text()))
         except FileNotFoundError:
             return cls(0, -1)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, OverflowError) as error:
             raise JournalError(f"{run_dir / NAME}: cannot be read: {error}") from None
         return cls(before_step, lsn)
 

@@ -28,6 +28,7 @@ from typing import Literal
 from mixwright.data_mixing.answers import one_line
 from mixwright.data_mixing.config_file import StrictModel, validate
 from mixwright.data_mixing.errors import ConfigError, ServiceUnavailable
+from mixwright.data_mixing.plain_data import parse_json
 
 RECORD, LOCK, WATCH, LOG = "service.json", "service.lock", "service.watch", "logs/service.log"
 HOST_MODULE = "mixwright.launch.mixing_host"
@@ -36,7 +37,7 @@ LOCK_RETRY_S = 1.0
 POLL_INTERVAL_S = 0.1
 LOCAL_HOST = "127.0.0.1"
 MAX_PORT = 65535
-TOKEN_REMEDY = (
+TOKEN_REMEDY = (  # nosec B105  # words about a token
     "put the cluster's token (`ray get-auth-token` on its head node) into ~/.ray/auth_token, or set "
     "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
 )
@@ -79,7 +80,7 @@ def read_record(run_dir: Path) -> ServiceRecord | None:
     """What the newest host of the run wrote; None when there was none. Raises ServiceUnavailable when unreadable."""
     path = run_dir / RECORD
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_text(encoding="utf-8"))
         return validate(ServiceRecord, tree, str(path))
     except FileNotFoundError:
         return None
@@ -271,7 +272,7 @@ def listen_address(text: str) -> tuple[str, int]:
 def is_watched_alive(run_dir: Path) -> bool:
     """Whether the process that the service runs for is alive: the same one, not another with its number."""
     try:
-        wanted = json.loads((run_dir / WATCH).read_text(encoding="utf-8"))
+        wanted = parse_json((run_dir / WATCH).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(wanted, dict) and isinstance(wanted.get("pid"), int) and _identity(wanted["pid"]) == wanted

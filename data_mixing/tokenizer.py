@@ -21,7 +21,7 @@ from mixwright.data_mixing.corpora import TokenizerSource
 from mixwright.data_mixing.errors import DataError, nearest
 from mixwright.data_mixing.staging import atomic_file
 
-EOS_TOKEN = "<|endoftext|>"
+EOS_TOKEN = "<|endoftext|>"  # nosec B105  # no password
 MAX_PIECE_CHARS = 1 << 20
 _ENOUGH_FOR_UINT16 = 1 << 16
 
@@ -105,7 +105,7 @@ def save_existing(source: TokenizerSource, folder: Path) -> None:
         if path.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(source.path)
+            tokenizer = AutoTokenizer.from_pretrained(source.path)  # nosec B615  # the user's choice; the store keeps a copy and its hash
     except Exception as error:  # transformers and tokenizers raise bare Exception for a malformed file
         raise DataError(f"tokenizer {source.path!r}: cannot be loaded: {' '.join(str(error).split())}") from None
     eos_token = source.eos_token or tokenizer.eos_token
@@ -152,7 +152,7 @@ def _from_json(path: Path, eos_token: str | dict[str, Any]) -> TextTokenizer:
 def _from_transformers(folder: Path) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)  # nosec B615  # a local folder
 
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
         encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)

@@ -20,7 +20,7 @@ from mixwright.launch.finding import Finding
 
 PROBE_MODULE = "mixwright.launch.ray_probe"
 PROBE_TIMEOUT_S, CONNECT_TIMEOUT_S = 15.0, 2.0
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # nosec B108  # only looked at
 LEAST_SHARED_BYTES = 256 << 20
 """A private Ray's object store takes 80 MB, DeepSpeed's all-reduce and pinned batches some more."""
 FEWEST_FILES, FILES = 1024, 4096

@@ -20,6 +20,7 @@ from pydantic import Field
 from mixwright.data_mixing.config_file import StrictModel, validate
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.data_mixing.manifest import fingerprint
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.launch.job_stages import STAGES, StageName
 from mixwright.pretrain.config import Positive
 
@@ -92,7 +93,7 @@ def make_manifest(
 def read_manifest(environment: Mapping[str, str]) -> JobManifest:
     """The manifest that this process of a job was given. Raises ConfigError."""
     try:
-        tree = json.loads(environment[VARIABLE])
+        tree = parse_json(environment[VARIABLE])
     except KeyError:
         raise ConfigError(
             f"{VARIABLE} is not set: this is the inside of a cluster job, see `mixwright submit`"

@@ -53,6 +53,32 @@ class Job:
         return self.status in LIVE
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: urllib would send our token to wherever it is told to go."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Speaks HTTP and HTTPS; `urlopen` would also read `file:` and `ftp:` addresses."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+        _NoRedirect(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+_OPENER = _opener()
+
+
 class JobsApi:
     """Requests to a cluster. `address` is the URL of its dashboard, or what Ray calls an address (HOST:PORT, auto)."""
 
@@ -111,7 +137,7 @@ class JobsApi:
         headers = {**self._headers, "Content-Type": "application/json"}
         try:
             request = urllib.request.Request(self.url + path, data, headers, method=method)
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as response:
+            with _OPENER.open(request, timeout=self._timeout_s) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             return self._refused(error)

@@ -14,7 +14,12 @@ from pydantic import BaseModel
 
 def print_json(value: Any) -> None:
     """One line of JSON. Dataclasses and models become objects, paths strings; a number that is not finite is null."""
-    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, in what somebody wrote: only an escape can hold it
+        text = json.dumps(plain(value), allow_nan=False)
+    print(text, flush=True)
 
 
 def print_answer(value: Any, text: str, as_json: bool) -> None:

@@ -5,7 +5,6 @@ It lives in the service's host process (`mixing_host.py`), which outlives a cont
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -18,6 +17,7 @@ from mixwright.data_mixing.entries import Report
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import MixingError, ServiceUnavailable
 from mixwright.data_mixing.journal import read_entries
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.prometheus import CONTENT_TYPE, HostFigures, exposition
 from mixwright.data_mixing.run_figures import Refusals, RunFollower
 
@@ -89,7 +89,7 @@ def newest_step(path: Path) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # a line that is being written, or whose beginning was not read
             continue
         if isinstance(record, dict) and record.get("kind") == "step":

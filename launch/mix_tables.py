@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from mixwright.data_mixing.answers import printable
 from mixwright.data_mixing.entries import (
     Cancel,
     Checkpoint,
@@ -197,11 +198,6 @@ def uses_view(uses: Sequence[RowUse], title: str) -> RenderableType:
 def percent(proportion: float) -> str:
     """A proportion as a percentage that does not hide a small share."""
     return f"{100 * proportion:.2f} %" if proportion == 0 or proportion >= 5e-5 else "< 0.01 %"
-
-
-def printable(text: str) -> str:
-    """`text` without control characters: entries are written by others."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _by(author: str, why: str) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from mixwright.data_mixing.answers import printable
 from mixwright.data_mixing.entries import Report
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.run_figures import RunFollower
 from mixwright.data_mixing.run_status import entry_record
 from mixwright.launch.json_output import plain, print_json
-from mixwright.launch.mix_tables import printable, summary
+from mixwright.launch.mix_tables import summary
 from mixwright.launch.watch_view import change_line, watch_view
 
 Show = Callable[[list[Entry]], None]

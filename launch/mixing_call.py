@@ -9,11 +9,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mixwright.data_mixing.answers import Answer, failure
-from mixwright.data_mixing.errors import MixingError
+from mixwright.data_mixing.errors import MixingError, ServiceUnavailable
 from mixwright.launch import ray_environment
+
+END_ANSWER_TIMEOUT_S = 5.0
 
 
 def main() -> None:
@@ -44,9 +47,18 @@ def ask(request: dict[str, Any]) -> Answer:
     controller.attach_ray(request["address"], request["timeout_s"])
     actor = controller.find_controller(request["actor"])
     if request["verb"] == "end":
+        _ask_whether_it_may_end(controller, actor, request)
         controller.end_controller(actor)
         return {}
     return controller.call(actor, request["verb"], request["arguments"], request["timeout_s"])
+
+
+def _ask_whether_it_may_end(controller: ModuleType, actor: Any, request: dict[str, Any]) -> None:
+    """Raise AccessRefused when the actor says no. One that cannot answer is the one that most needs to be ended."""
+    try:
+        controller.call(actor, "end", request["arguments"], min(request["timeout_s"] / 2, END_ANSWER_TIMEOUT_S))
+    except ServiceUnavailable as error:
+        print(error, file=sys.stderr)
 
 
 if __name__ == "__main__":

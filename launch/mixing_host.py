@@ -29,6 +29,7 @@ from mixwright.data_mixing.answers import one_line
 from mixwright.data_mixing.errors import MixingError, ServiceUnavailable
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import read_entries
+from mixwright.data_mixing.run_token import create_token, token_digest
 from mixwright.data_mixing.service import (
     ServiceRecord,
     State,
@@ -128,12 +129,13 @@ class MixingHost:
         watchdog.daemon = True
         watchdog.start()
         try:
+            digest = token_digest(create_token(self._run_dir))
             address = self._start_private() if self._address is None else self._attach(self._address)
             # Imported by now, with the environment that Ray needs.
             from mixwright.data_mixing import controller
 
             self._actor, self._holder = controller.create_controller(
-                self._record.run, self._run_dir / "journal", self._holder, START_TIMEOUT_S
+                self._record.run, self._run_dir / "journal", self._holder, digest, START_TIMEOUT_S
             )
             update = {"address": address, "actor": controller.actor_name(self._record.run)}
             self._record = self._record.model_copy(update={**update, "namespace": controller.NAMESPACE})
@@ -245,7 +247,8 @@ def make_ray_folder() -> Path:
     """A new folder that only this user can enter, with a path that is short enough for sockets below it."""
     root = tempfile.gettempdir()
     try:
-        return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root if len(root) <= LONGEST_TEMPORARY_ROOT else "/tmp"))
+        short = root if len(root) <= LONGEST_TEMPORARY_ROOT else "/tmp"  # nosec B108  # mkdtemp makes it ours alone
+        return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=short))
     except OSError as error:
         raise ServiceUnavailable(f"no folder for Ray can be made in {root}: {error.strerror}") from None
 

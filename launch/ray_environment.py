@@ -22,7 +22,7 @@ def private_ray(token_path: Path) -> Settings:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
-        "RAY_AUTH_TOKEN": None,
+        "RAY_AUTH_TOKEN": None,  # nosec B105  # says that there is none
         "RAY_ADDRESS": None,
         # Off, this makes 127.0.0.1 the node's address, so that all of Ray's servers bind to it and to nothing else.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

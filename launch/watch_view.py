@@ -12,9 +12,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mixwright.data_mixing.answers import printable
 from mixwright.data_mixing.run_figures import DomainFigures, NewCommit, RunFigures
 from mixwright.launch.console import duration, shown_losses
-from mixwright.launch.mix_tables import percent, policy_line, printable
+from mixwright.launch.mix_tables import percent, policy_line
 
 COMMITS = 5
 LINES_AROUND = 11

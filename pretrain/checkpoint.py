@@ -19,7 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from mixwright.data_mixing.answers import one_line
+from mixwright.data_mixing.config_file import StrictModel, validate
 from mixwright.data_mixing.entries import Checkpoint
+from mixwright.data_mixing.errors import ConfigError
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.pretrain.engine import Engine, convert_to_universal
 from mixwright.pretrain.errors import CheckpointMismatch, TrainingError
 from mixwright.pretrain.loop import Position
@@ -39,6 +45,22 @@ class Found:
     position: Position
     num_ranks: int
     zero_stage: int
+
+
+class Seal(StrictModel):
+    """What sealed.json holds: whose checkpoint it is, where in the data it was written, and the sizes of its files."""
+
+    run: str
+    step: int = Field(ge=0)
+    run_digest: str = Field(pattern=r"^[0-9a-f]{1,16}$")
+    weighting: dict[str, Any] = Field(default_factory=dict)
+    num_ranks: int = Field(gt=0)
+    zero_stage: int
+    files: dict[str, int]
+
+    @property
+    def position(self) -> Position:
+        return Position(self.step, int(self.run_digest, 16), self.weighting)
 
 
 @dataclass(frozen=True)
@@ -84,10 +106,9 @@ class Checkpoints:
         for tag in sorted(_tags(self._folder), reverse=True):
             problem = _damage(self._folder / tag)
             if problem is None:
-                seal = json.loads((self._folder / tag / SEAL).read_text())
+                seal = _read_seal(self._folder / tag)
                 self._check_same_run(tag, seal)
-                position = Position(seal["step"], int(seal["run_digest"], 16), seal.get("weighting", {}))
-                return Found(tag, position, seal["num_ranks"], seal["zero_stage"])
+                return Found(tag, seal.position, seal.num_ranks, seal.zero_stage)
             if problem != "unfinished":
                 say(f"checkpoint {tag} is damaged ({problem}): falling back to the one before it")
         return None
@@ -140,15 +161,13 @@ class Checkpoints:
             if not (folder / SEAL).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _check_same_run(self, tag: str, seal: dict[str, Any]) -> None:
+    def _check_same_run(self, tag: str, seal: Seal) -> None:
         stage = self._settings.zero_stage
-        if seal["run"] != self._settings.run:
+        if seal.run != self._settings.run:
+            raise CheckpointMismatch(f"{self._folder / tag}: belongs to run {seal.run!r}, not {self._settings.run!r}")
+        if seal.zero_stage != stage:
             raise CheckpointMismatch(
-                f"{self._folder / tag}: belongs to run {seal['run']!r}, not {self._settings.run!r}"
-            )
-        if seal["zero_stage"] != stage:
-            raise CheckpointMismatch(
-                f"{self._folder / tag}: was written with training.zero_stage = {seal['zero_stage']}, "
+                f"{self._folder / tag}: was written with training.zero_stage = {seal.zero_stage}, "
                 f"the configuration says {stage}"
             )
 
@@ -162,15 +181,19 @@ def _damage(path: Path) -> str | None:
     if not (path / SEAL).exists():
         return "unfinished"
     try:
-        seal = json.loads((path / SEAL).read_text())
-        for name, size in seal["files"].items():
+        for name, size in _read_seal(path).files.items():
             if not (path / name).exists():
                 return f"{name} is missing"
             if (path / name).stat().st_size != size:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"{SEAL}: {error}"
+    except (OSError, ValueError, ConfigError) as error:
+        return one_line(error)
     return None
+
+
+def _read_seal(path: Path) -> Seal:
+    """What seals the checkpoint in folder `path`; raises OSError, ValueError or ConfigError."""
+    return validate(Seal, parse_json((path / SEAL).read_text(encoding="utf-8")), SEAL)
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import logging
 import math
 import os
+import pickle  # nosec B403  # the name of an error
 import shutil
 import socket
 import subprocess
@@ -26,14 +27,22 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
+from mixwright.data_mixing.answers import one_line
 from mixwright.pretrain.config import OptimizerConfig, PretrainConfig
 from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
 from mixwright.pretrain.model_options.apply import follow_updates
 from mixwright.pretrain.model_options.config import ModelOptions
 from mixwright.pretrain.ranks import Ranks
+
+_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_CHECKPOINT_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+"""Classes whose instances DeepSpeed itself puts into checkpoints."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +59,23 @@ def start_ranks(say: Callable[[str], None], timeout_s: float = 600.0) -> Ranks:
     world = int(os.environ["WORLD_SIZE"])
     if get_accelerator().device_name() == "cpu":
         _provide_shared_memory_op(world, say)
+    device = own_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.redirect_stdout(sys.stderr):
         deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
     rank = dist.get_rank()
-    device = torch.device(get_accelerator().current_device_name())
     control = dist.new_group(backend="gloo") if world > 1 else None
     return Ranks(rank, world, device, control)
+
+
+def own_device(local_rank: int) -> torch.device:
+    """This rank's device among those of its node, from now on the current one.
+
+    DeepSpeed chooses it no sooner than with its engine; until then all ranks of a node would be on its first GPU.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    return torch.device(accelerator.current_device_name())
 
 
 def _free_port() -> int:
@@ -250,7 +270,13 @@ class Engine:
     def load(self, folder: Path, tag: str, *, universal: bool) -> dict[str, Any]:
         """Read a checkpoint written by `save` (or its universal form); returns the client state."""
         self._engine._config.load_universal_checkpoint = universal
-        path, client_state = self._engine.load_checkpoint(str(folder), tag=tag)
+        try:
+            with _plain_tensors_only():
+                path, client_state = self._engine.load_checkpoint(str(folder), tag=tag)
+        except pickle.UnpicklingError as error:
+            raise TrainingError(
+                f"{folder / tag}: holds more than tensors and plain values, and is not loaded: {one_line(error)}"
+            ) from None
         if path is None:
             raise TrainingError(f"{folder / tag}: DeepSpeed cannot load this checkpoint")
         return dict(client_state)
@@ -266,6 +292,24 @@ class Engine:
                 if self.ranks.is_leader:
                     full[name] = parameter.detach().cpu().clone()
         return full
+
+
+@contextlib.contextmanager
+def _plain_tensors_only() -> Iterator[None]:
+    """While this lasts, torch.load takes tensors, plain values and DeepSpeed's own few classes, whoever calls it.
+
+    DeepSpeed calls it with weights_only=False, which would run whatever code a checkpoint names.
+    """
+    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
+    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(_CHECKPOINT_CLASSES):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[_FORCE_WEIGHTS_ONLY] = before
 
 
 def convert_to_universal(source: Path, target: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from mixwright.data_mixing.entries import DomainLoss
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.pretrain.config import WandbConfig
 from mixwright.pretrain.evaluate import mean_loss, perplexity, standard_error
 from mixwright.pretrain.metric_sinks import METRICS, JsonLines, Sink, TensorBoard, Wandb
@@ -63,12 +63,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records in order of steps; a step that was done again after a resume counts once, as done last."""
     latest: dict[tuple[str, int], dict[str, Any]] = {}
     path = run_dir / METRICS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # the last line of a killed process may be half a line
             continue
-        latest[record["kind"], record["step"]] = record
+        if isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step")) is int:
+            latest[record["kind"], record["step"]] = record
     return sorted(latest.values(), key=lambda record: record["step"])
 
 

@@ -61,7 +61,8 @@ def _new(settings: dict[str, Any], vocab_size: int, eos_id: int) -> Any:
         raise TrainingError(
             f"model.config.model_type: no such model {model_type!r}{nearest(model_type, CONFIG_MAPPING_NAMES)}"
         )
-    defaults = {"vocab_size": vocab_size, "eos_token_id": eos_id, "bos_token_id": eos_id, "pad_token_id": None}
+    special = {"eos_token_id": eos_id, "bos_token_id": eos_id, "pad_token_id": None}  # nosec B105  # numbers of tokens
+    defaults = {"vocab_size": vocab_size, **special}
     try:
         config = AutoConfig.for_model(**{**defaults, **settings})
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -72,7 +73,7 @@ def _new(settings: dict[str, Any], vocab_size: int, eos_id: int) -> Any:
 def _load(path: str) -> Any:
     refuse_export_without_head(Path(path))
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # nosec B615  # the user's model, without its code
     except (OSError, ValueError) as error:
         raise TrainingError(f"model.path: {path!r} cannot be loaded: {_one_line(error)}") from error
 
@@ -136,7 +137,7 @@ def export(model: LanguageModel, parameters: dict[str, Tensor], tokenizer_folder
     """Write a Hugging Face folder: full `parameters` (by LanguageModel name), configuration and tokenizer."""
     disable_progress_bar()
     write_export(model, named_as_saved(model, parameters), parameters, folder)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)  # nosec B615  # a local folder
 
 
 def named_as_saved(model: LanguageModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

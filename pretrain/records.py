@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mixwright.data_mixing.errors import ConfigError
+from mixwright.data_mixing.plain_data import parse_json
 
 
 def read_record(path: Path, what: str) -> dict[str, Any] | None:
     """The record in a file, None without one; raises ConfigError for a file that is not the record of `what`."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -100,21 +100,23 @@ class WeightFigures:
         scalars = [[record.get("effective_sample_size"), record.get("correlation")] for record in group]
         self.scalars.add_many(_steps(group), _numbers(scalars))
         # A run has one catalogue and one set of edges; a file in which they change is cut where they do.
-        for names, part in itertools.groupby(group, key=lambda record: tuple(record.get("weight_share") or ())):
+        for names, part in itertools.groupby(group, key=lambda record: tuple(_mapping(record, "weight_share"))):
             self._add_shares(names, list(part))
-        for edges, part in itertools.groupby(group, key=lambda record: tuple(_histogram(record).get("edges", ()))):
+        for edges, part in itertools.groupby(group, key=lambda record: tuple(_list(_histogram(record), "edges"))):
             self._add_counts(edges, list(part))
 
     def _add_shares(self, names: tuple[str, ...], group: list[dict[str, Any]]) -> None:
+        if not names:
+            return
         if names != self.names:
             self.names = names
             self.weight_share, self.token_share = Buckets(len(names)), Buckets(len(names))
         for key, buckets in (("weight_share", self.weight_share), ("token_share", self.token_share)):
-            shares = [[(record.get(key) or {}).get(name) for name in names] for record in group]
+            shares = [[_mapping(record, key).get(name) for name in names] for record in group]
             buckets.add_many(_steps(group), _numbers(shares))
 
     def _add_counts(self, edges: tuple[float, ...], group: list[dict[str, Any]]) -> None:
-        counts = [_histogram(record).get("counts", ()) for record in group]
+        counts = [_list(_histogram(record), "counts") for record in group]
         if not edges or any(len(one) != len(edges) + 1 for one in counts):
             return
         if edges != self.edges:
@@ -123,7 +125,18 @@ class WeightFigures:
 
 
 def _histogram(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    return record.get("histogram") or {}
+    return _mapping(record, "histogram")
+
+
+def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What is below `key`; nothing when it is no mapping."""
+    value = record.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(tree: Mapping[str, Any], key: str) -> list[Any]:
+    value = tree.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _steps(group: list[dict[str, Any]]) -> NDArray[np.int64]:
@@ -134,14 +147,21 @@ def _numbers(rows: Sequence[Sequence[Any]]) -> NDArray[np.float64]:
     """Rows of numbers; NaN for what is missing or no number."""
     try:
         return np.array(rows, np.float64)  # None becomes NaN
-    except (TypeError, ValueError):
-        return np.array([[float(v) if isinstance(v, (int, float)) else np.nan for v in row] for row in rows])
+    except (TypeError, ValueError, OverflowError):
+        return np.array([[_number(value) for value in row] for row in rows])
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, (int, float)) else np.nan
+    except OverflowError:  # an integer of hundreds of digits
+        return np.nan
 
 
 def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Numbers of a record, also one level down, as `group/name`."""
     for key, value in record.items():
         if isinstance(value, Mapping):
-            yield from ((f"{key}/{name}", float(n)) for name, n in value.items() if isinstance(n, (int, float)))
+            yield from ((f"{key}/{name}", _number(n)) for name, n in value.items() if isinstance(n, (int, float)))
         elif key not in ("kind", "step") and isinstance(value, (int, float)):
-            yield key, float(value)
+            yield key, _number(value)

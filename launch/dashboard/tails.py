@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mixwright.data_mixing.entry_file import NO_HASH, Entry, entry_path, read_entry
+from mixwright.data_mixing.plain_data import parse_json
 
 CHUNK_BYTES = 1 << 20
+MAX_STEP = 1 << 53
 MAX_LINE_BYTES = 32 << 20
 """A longer line is no record of ours; it is passed over and not kept in memory."""
 
@@ -90,8 +91,8 @@ def records(lines: list[bytes], kinds: tuple[str, ...]) -> Iterator[dict[str, An
     heads = tuple(f'{{"kind": "{kind}"'.encode() for kind in kinds)
     for line in itertools.compress(lines, (line.startswith(heads) for line in lines)):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(record.get("step"), int):
+        if type(step := record.get("step")) is int and 0 <= step <= MAX_STEP:
             yield record

@@ -102,7 +102,7 @@ def load_member(member: Member, device: torch.device | str = "cpu") -> LanguageM
     """The member's model in float32, for evaluation, without gradients. Raises EnsembleError."""
     disable_progress_bar()
     try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(member.folder, dtype=torch.float32)
+        causal_lm = AutoModelForCausalLM.from_pretrained(member.folder, dtype=torch.float32)  # nosec B615  # a local folder
     except (OSError, ValueError) as error:
         raise EnsembleError(f"member {member.folder}: cannot be loaded: {one_line(error)}") from None
     model = LanguageModel(causal_lm).to(device).eval()

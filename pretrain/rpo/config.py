@@ -167,7 +167,7 @@ class ObjectiveConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and tree.get("preset") in PRESETS:
+        if isinstance(tree, dict) and isinstance(tree.get("preset"), str) and tree["preset"] in PRESETS:
             return {**PRESETS[tree["preset"]], **tree}
         return tree
 

@@ -25,7 +25,7 @@ WORDS: dict[Reason, str] = {
     "identical": "chosen equals rejected",
     "long_prompt": "prompt longer than max_prompt_tokens",
     "long_completion": "completion longer than max_tokens allows",
-    "special_token": "a message spells out a special token",
+    "special_token": "a message spells out a special token",  # nosec B105  # no password
     "border": "leading white space joins the template's",
     "template": "refused by the chat template",
 }

@@ -12,7 +12,6 @@ The folder can be moved and copied.
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import Field, ValidationError
 
 from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.errors import DataError
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.row_files import probe
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.pretrain.rpo.pair_counts import PairCounts
@@ -163,7 +163,7 @@ def _checked(folder: Path, name: str, manifest: PairManifest) -> Path:
 def _problem(content: bytes, error: ValidationError) -> str:
     """What is wrong with a manifest: first of all its version, by which everything else may differ."""
     try:
-        tree = json.loads(content)
+        tree = parse_json(content)
     except ValueError as problem:
         return f"not JSON: {problem}"
     version = tree.get("format_version") if isinstance(tree, dict) else None

@@ -33,7 +33,7 @@ from mixwright.pretrain.rpo.pair_counts import BadPair
 from mixwright.pretrain.rpo.raw_pairs import Message, MessagePair, TextPair, strings_in
 
 _SHOWN = 30
-_WITHOUT_MASKS = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+_WITHOUT_MASKS = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}  # nosec B105  # a switch
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def load_tokenizer(model_folder: str, chat_template: Path | None) -> Any:
     from transformers import AutoTokenizer  # seconds, and not needed to open pairs
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)  # nosec B615  # the user's model, without its code
     except Exception as error:  # transformers and tokenizers raise bare Exception for a malformed file
         raise DataError(f"{model_folder}: its tokenizer cannot be loaded: {one_line(error)}") from None
     if chat_template is not None:

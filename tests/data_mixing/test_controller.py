@@ -13,6 +13,7 @@ from mixwright.data_mixing.control import MixingController
 from mixwright.data_mixing.controller import ControllerActor
 from mixwright.data_mixing.entries import Reject
 from mixwright.data_mixing.errors import (
+    AccessRefused,
     JournalConflict,
     JournalError,
     PlanMismatch,
@@ -20,6 +21,7 @@ from mixwright.data_mixing.errors import (
     ServiceUnavailable,
 )
 from mixwright.data_mixing.journal import Journal
+from mixwright.data_mixing.run_token import token_digest
 from tests.data_mixing.run_cases import TrainerSide
 
 CODE = {"kind": "static", "mixture": {"code": 1}, "why": "more code", "author": "ann"}
@@ -196,19 +198,25 @@ def test_a_restarted_controller_fences_its_own_former_incarnation(trainer: Train
 
 
 def test_the_actor_answers_errors_as_data_and_reads_a_repaired_journal_anew(trainer: TrainerSide) -> None:
-    actor = ControllerActor(str(trainer.run_dir / "journal"), "controller-a")
+    actor = ControllerActor(str(trainer.run_dir / "journal"), "controller-a", token_digest("secret"))
     assert unpack(actor.ping())["lsn"] == 4
-    assert actor.submit({"kind": "no"})["error"] == "PolicyRejected"
+    assert actor.submit({"kind": "no"}, token="secret")["error"] == "PolicyRejected"
     torn = trainer.run_dir / "journal" / "00000006.json"
     torn.write_bytes(b"{")
     with pytest.raises(JournalError, match=r"00000006\.json: is not a complete journal entry"):
-        unpack(actor.submit(CODE))
+        unpack(actor.submit(CODE, token="secret"))
     torn.unlink()
-    assert unpack(actor.submit(CODE))["lsn"] == 7  # after the lease of the controller that was built anew
+    assert (
+        unpack(actor.submit(CODE, token="secret"))["lsn"] == 7
+    )  # after the lease of the controller that was built anew
 
 
 @pytest.mark.parametrize(
-    "error", [kind("m") for kind in (JournalConflict, JournalError, PlanMismatch, PolicyRejected, ServiceUnavailable)]
+    "error",
+    [
+        kind("m")
+        for kind in (AccessRefused, JournalConflict, JournalError, PlanMismatch, PolicyRejected, ServiceUnavailable)
+    ],
 )
 def test_errors_cross_processes(error: Exception) -> None:
     with pytest.raises(type(error), match=r"^m$"):

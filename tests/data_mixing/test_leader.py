@@ -9,10 +9,12 @@ import pytest
 from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.domain import Domain
 from mixwright.data_mixing.entries import Cancel, Commit, EntryBody, Genesis, PolicyEntry
-from mixwright.data_mixing.errors import JournalConflict, JournalError, StoreChanged
+from mixwright.data_mixing.errors import JournalConflict, JournalError, PolicyRejected, StoreChanged
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Entry, Journal, read_entries, verify
 from mixwright.data_mixing.leader import Leader, open_run
+from tests.data_mixing.run_cases import FIRST_POLICY
+from tests.data_mixing.run_cases import genesis as run_of
 
 DOMAINS = tuple(Domain(name=name, num_rows=1000, fingerprint=name) for name in ("a", "b", "c"))
 GENESIS = Genesis(
@@ -256,3 +258,11 @@ def test_the_leader_leaves_snapshots_from_which_the_run_goes_on(
     _, history = snapshot.resume(tmp_path, "reader")
     assert [checkpoint.step for checkpoint in history.checkpoints] == list(range(60))
     assert history.plan().state_digest(7) == verify(tmp_path).plan().state_digest(7)
+
+
+def test_a_run_does_not_begin_with_a_shadow_and_nothing_is_written_of_it(tmp_path: Path) -> None:
+    """The COMMIT of a shadow, once written, would make the journal unreadable for good."""
+    run = run_of()
+    with pytest.raises(PolicyRejected, match="shadow: a run begins with a policy that is obeyed"):
+        open_run(Journal(tmp_path / "journal", "leader"), run, accept({**FIRST_POLICY, "shadow": True}, run))
+    assert not (tmp_path / "journal").exists()

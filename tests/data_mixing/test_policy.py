@@ -116,13 +116,18 @@ def test_broken_yaml_is_refused_in_one_line() -> None:
 def test_a_yaml_bomb_is_refused_quickly() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 12)]
-    assert refusal("kind: static\n" + "\n".join(lines)) == (
-        f"document: more than {MAX_DOCUMENT_VALUES:,} values, or an endless alias"
-    )
+    assert "aliases that expand without end" in refusal("kind: static\n" + "\n".join(lines))
+
+
+def test_a_document_with_too_many_values_is_refused() -> None:
+    assert f"more than {MAX_DOCUMENT_VALUES:,} values" in refusal({"kind": "static", "a": [0] * MAX_DOCUMENT_VALUES})
 
 
 def test_a_document_that_contains_itself_is_refused() -> None:
-    assert "endless alias" in refusal("&a {kind: static, mixture: *a}")
+    assert "aliases that expand without end" in refusal("&a {kind: static, mixture: *a}")
+    endless: dict[str, Any] = {"kind": "static"}
+    endless["mixture"] = endless
+    assert "an endless alias" in refusal(endless)
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,23 @@ def test_a_log_that_is_cut_off_goes_on_without_a_gap_and_without_repetition() ->
 )
 def test_progress_is_read_from_the_lines_of_ranks(line: str, step: int | None) -> None:
     assert progress_of(line) == step
+
+
+def test_our_token_follows_no_redirection_and_no_file_is_read(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("Authorization", ""))
+        return web.json_response([])
+
+    with server(elsewhere) as other:
+
+        async def answer(request: web.Request) -> web.Response:
+            return web.Response(status=302, headers={"Location": f"{other}/api/jobs/"})
+
+        with server(answer) as url, pytest.raises(ServiceUnavailable, match="answers 302"):
+            JobsApi(url, {"Authorization": "Bearer secret"}).jobs()
+    assert seen == []
+    (tmp_path / "api").mkdir()
+    with pytest.raises(ServiceUnavailable):
+        JobsApi(f"file://{tmp_path}", {}).jobs()

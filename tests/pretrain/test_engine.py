@@ -15,6 +15,7 @@ from mixwright.pretrain.engine import (
     accumulation_steps,
     decayed_groups,
     deepspeed_settings,
+    own_device,
     pretrain_settings,
     start_ranks,
 )
@@ -188,3 +189,23 @@ def test_domain_sums_equal_brute_force_and_start_again_after_take() -> None:
             expected_KC[domain] += torch.stack([nll_T.sum(), (nll_T**2).sum(), torch.tensor(7.0), torch.tensor(1.0)])
     torch.testing.assert_close(sums.take(), expected_KC, rtol=1e-12, atol=1e-12)
     assert sums.take().abs().sum() == 0
+
+
+def test_ranks_of_a_node_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpus:
+        """A node with several, as DeepSpeed's accelerator shows it."""
+
+        current = 0
+
+        def device_name(self) -> str:
+            return "cuda"
+
+        def set_device(self, index: int) -> None:
+            self.current = index
+
+        def current_device_name(self) -> str:
+            return f"cuda:{self.current}"
+
+    gpus = Gpus()
+    monkeypatch.setattr("mixwright.pretrain.engine.get_accelerator", lambda: gpus)
+    assert own_device(3) == torch.device("cuda:3")
