@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= quickstart
+CYCLES ?= 100
+SEED ?= 1
 
 # Compiled bytecode halves the start of every process; some images switch it off.
 export PYTHONDONTWRITEBYTECODE =
@@ -12,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart test lint format types check bench bench-kernels bench-data bench-rpo bench-dashboard clean
+.PHONY: help install quickstart test lint format types check bench bench-kernels bench-data bench-rpo bench-dashboard bench-scale security fuzz docs drills soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -75,5 +77,23 @@ bench-rpo: install  ## a step of preference optimisation beside TRL's DPOTrainer
 bench-dashboard: install  ## first paint and panels on a run of 100,000 steps
 	$(BIN)/python -m tests.benchmarks.bench_dashboard
 
+bench-scale: install  ## 1,000 ranks and 10,000 domains, simulated: messages, bytes, plan, controller
+	$(BIN)/python -m tests.benchmarks.bench_scale
+
+docs: install .typecheck/mixwright  ## the documentation as a site, in site/; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+security: install  ## bandit over the code, pip-audit over the pinned versions
+	$(BIN)/python -m tests.security.audit
+
+fuzz: install  ## property and fuzz tests with new examples, 20 times as many
+	MIXWRIGHT_FUZZ=20 $(BIN)/python -m pytest tests/properties -q --timeout 7200
+
+drills: install  ## kill, freeze and starve a real run (CYCLES=100 SEED=1)
+	$(BIN)/python -m tests.drills.run --seed $(SEED) --cycles $(CYCLES)
+
+soak: install  ## two hours of simulated steps: is memory flat, are files bounded
+	$(BIN)/python -m tests.benchmarks.soak
+
 clean:  ## remove the virtual environment and caches; runs are kept
-	rm -rf $(VENV) .typecheck .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) site .typecheck .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

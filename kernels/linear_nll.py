@@ -65,9 +65,9 @@ def linear_nll(
         softcap: model logits are `cap * tanh(x / cap)`.
         cache_bytes: memory that may be kept from forward to backward; default 256 MiB on a CPU, 4 GiB on a GPU.
         engine: `cached` or `recompute` force engine A or R for all rows. R is independent of `cache_bytes` bit by bit.
-        entropy, correct: also return the entropy of the prediction and whether no class has a larger logit than the
-            target. A gradient that reaches the entropy is no multiple of G: that backward forms the logits of all rows
-            again, so use `engine="recompute"` (four matmuls) where it is trained on.
+        entropy: also return the entropy of the prediction. A gradient that reaches it is no multiple of G: that
+            backward forms the logits of all rows again, so use `engine="recompute"` (four matmuls) to train on it.
+        correct: also return whether no class has a larger logit than the target.
         precise: with 16-bit inputs, form logits in float32 (for sums of many log-probabilities).
 
     Rows whose hidden state is not finite have NaN losses; they influence nothing else as long as the upstream

@@ -63,9 +63,11 @@ def linear_nll_vocab_parallel(
     """Losses of every token, the same on every rank of the group. A collective call: all ranks make it in one order.
 
     Args:
-        hidden_ND, targets_N: the same on every rank; targets are classes of the whole vocabulary.
-        weight_vD, bias_v: this rank's classes `vocab_start ... vocab_start + v - 1`; v differs freely and may be 0.
+        hidden_ND: the same on every rank.
+        weight_vD: this rank's classes `vocab_start ... vocab_start + v - 1`; v differs freely and may be 0.
+        targets_N: classes of the whole vocabulary, the same on every rank.
         vocab_group: the ranks that hold the vocabulary; every class has exactly one owner.
+        bias_v: of this rank's classes.
 
     The other arguments, dtypes and errors are those of `linear_nll`; a target that not exactly one rank owns raises
     IndexError on all of them (CPU) or has a NaN loss (GPU). Every rank must compute the same loss from the result: its

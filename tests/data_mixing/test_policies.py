@@ -191,8 +191,7 @@ CONFIGS = ROOT / "configs"
 
 def test_the_policy_that_the_guide_adds_works_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = (ROOT / "docs" / "mixing.md").read_text().partition("## Adding a policy")[2]
-    code = [line.removeprefix("    ") for line in guide.splitlines() if line.startswith("    ") or not line]
-    (tmp_path / "two_thirds.py").write_text("\n".join(code))
+    (tmp_path / "two_thirds.py").write_text(guide.partition("```python\n")[2].partition("```")[0])
     monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
     assert "two_thirds" in policy_kinds()
     entry = compiled({"kind": "two_thirds", "first": "code"})
