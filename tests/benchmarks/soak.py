@@ -31,6 +31,7 @@ from mixwright.data_mixing.leader import Leader, open_run
 from mixwright.data_mixing.run_token import find_token
 from mixwright.data_mixing.service import read_record
 from mixwright.data_mixing.store import TokenStore
+from mixwright.pretrain.rundir import sole_trainer
 from tests.data_mixing.corpora_for_tests import random_rows, write_store
 from tests.drills.drill_service import Service
 
@@ -118,6 +119,7 @@ def soak(run: Soak, store: TokenStore, hours: float) -> None:
     history, _ = open_run(journal, run.genesis, accept(ONLINE, run.genesis))
     run.service.up()
     with (
+        sole_trainer(run.run_dir),  # a service without a trainer ends
         attached_actor(run.run_dir) as actor,
         Leader(journal, history, start_step=0, lead_steps=8, prefetch_steps=2) as leader,
         Feeder(run.run_dir / "journal", store, rank=0, num_ranks=1, start_step=0, prefetch_steps=2) as feeder,
