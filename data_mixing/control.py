@@ -79,8 +79,8 @@ class MixingController:
     def advance(self) -> int:
         """Make and journal the decisions of online policies that are due; returns the number of entries written."""
         self._catch_up()
-        written = 0
-        while self._lease is not None and (body := due_entry(self._history)) is not None:
+        written, body = 0, None
+        while self._lease is not None and (body := due_entry(self._history, body)) is not None:
             # Decided on the newest state: whatever comes in between makes the append fail, and is looked at first.
             written += self._journal.append_after(self._history.last_lsn, body) is not None
             self._catch_up()

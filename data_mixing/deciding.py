@@ -20,13 +20,17 @@ RESUMED = "decisions go on"
 AFFORDABLE_PERTURBATION = 0.2
 
 
-def due_entry(history: RunHistory) -> EntryBody | None:
-    """The next entry that a controller owes the run's online policies; None when nothing is due."""
+def due_entry(history: RunHistory, made: EntryBody | None = None) -> EntryBody | None:
+    """The next entry that a controller owes the run's online policies; None when nothing is due.
+
+    `made` is what an earlier call returned and something that was journaled meanwhile kept out: a decision is not made
+    again from the same window and state, or a policy that takes longer than reports are apart would never decide.
+    """
     if not history.has_genesis or history.end is not None:
         return None
     active = history.active_root()
     for root in [*([] if active is None else [active]), *history.shadow_roots()]:
-        body = _unfinished(history, root) or _due_decision(history, root)
+        body = _unfinished(history, root) or _due_decision(history, root, made)
         if body is not None:
             return body
     return None
@@ -85,7 +89,7 @@ def _unfinished(history: RunHistory, root: int) -> PolicyEntry | None:
     return round_of(policy, history.genesis).next_policy(root, policy, lsn, decision)
 
 
-def _due_decision(history: RunHistory, root: int) -> Decision | None:
+def _due_decision(history: RunHistory, root: int, made: EntryBody | None) -> Decision | None:
     policy, known = history.policies[root], history.decisions.get(root)
     if known is not None and not known[1].stretches:
         return None if history.is_held else _resumed(history, root, known[1])
@@ -97,6 +101,9 @@ def _due_decision(history: RunHistory, root: int) -> Decision | None:
     state = _state(known[1]) if known else {}
     if history.is_held:
         return _held(root, policy, window, state)
+    looked_at = (root, step, window.model_dump(mode="json"), state)
+    if isinstance(made, Decision) and (made.policy_lsn, made.step, made.window, made.state) == looked_at:
+        return made
     decided = round_.decide(window, state)
     return Decision(
         policy_lsn=root,

@@ -17,6 +17,7 @@ from mixwright.data_mixing.entries import Decision
 from mixwright.data_mixing.errors import PolicyRejected
 from mixwright.data_mixing.history import HistoryState, RunHistory
 from mixwright.data_mixing.journal import Journal, read_entries, verify
+from mixwright.data_mixing.rounds import Round
 from mixwright.data_mixing.store import TokenStore
 from tests.data_mixing.live_run import ControllerThread, LiveRun, genesis_of, wait_until
 
@@ -294,3 +295,22 @@ def test_an_online_policy_that_cannot_work_here_is_refused_with_the_reason(store
         accept({**ODM, "guard": {"floor": 0.9}}, genesis)
     with pytest.raises(PolicyRejected, match="arms"):
         accept({**ODM, "arms": {"a": ["no-such-domain"]}}, genesis)
+
+
+def test_a_policy_that_takes_longer_than_reports_are_apart_decides_once(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LiveRun(tmp_path, store, 40, {**ODM, "guard": {"timeout_s": 0.1}})
+    run.run(0, 20)
+    asked, decide = [], Round.decide
+
+    def slow_decide(self: Round, *arguments: Any) -> Any:
+        asked.append(arguments)
+        assert len(asked) < 5
+        writer = Journal(tmp_path, writer="leader")
+        writer.append(run.report("train", 20 + len(asked), 20 + len(asked)))
+        return decide(self, *arguments)
+
+    monkeypatch.setattr(Round, "decide", slow_decide)
+    MixingController(tmp_path, "controller-a").advance()
+    assert len(decisions(run)) == len(asked) == 1
