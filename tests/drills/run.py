@@ -1,8 +1,8 @@
 """All drills, then cycles of random kills: `python -m tests.drills.run --seed 1 --cycles 100` (`make drills`).
 
 Prints a table and puts it, with machine, versions and commit, into docs/reliability.md between two comments. Arguments
-after `--` go to pytest, e.g. `-- -k rank`. `--fold FILE` takes the junit files of earlier runs instead of running.
-Exit code: pytest's; with `--fold` 1 when a drill failed.
+after `--` go to pytest, e.g. `-- -k rank`. `--fold FILE ...` takes the junit files of earlier runs instead; of a drill
+that is in several, the last counts. Exit code: pytest's; with `--fold` 1 when a drill failed.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> int:
     arguments = parse_arguments()
     if arguments.fold:
-        results = [result for path in arguments.fold for result in read_results(path)]
+        results = list({result.name: result for path in arguments.fold for result in read_results(path)}.values())
         code = int(any(result.outcome != "held" for result in results))
     else:
         with tempfile.TemporaryDirectory() as folder:
