@@ -182,7 +182,8 @@ def test_a_users_policy_raises_hangs_hoards_and_answers_nan(
     assert [step for _, step in run.history().passes] == [made[1].step]
 
 
-@pytest.mark.parametrize("frozen_s", [10, pytest.param(90, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("frozen_s", [10, 90])
 def test_the_controller_is_frozen(
     make_run: MakeRun, serve: Callable[..., Service], references: References, frozen_s: int
 ) -> None:

@@ -68,6 +68,7 @@ def test_the_leader_of_two_ranks_dies_around_a_commit(make_run: MakeRun, referen
     assert [commit.effective_step for commit in run.history().commits] == [0, 41, 85]
 
 
+@pytest.mark.long
 def test_one_of_two_ranks_is_killed(
     make_run: MakeRun, references: References, record_property: Callable[[str, Any], None]
 ) -> None:

@@ -80,6 +80,7 @@ def test_the_journal_cannot_be_written_for_a_while(
     assert [commit.effective_step for commit in run.history().commits] == [0, 41, 85]
 
 
+@pytest.mark.long
 @ERRORS
 def test_a_checkpoint_cannot_be_written(
     make_run: MakeRun, references: References, storage: FailingStorage, number: int
