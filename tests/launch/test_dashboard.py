@@ -219,10 +219,16 @@ def test_a_growing_run_is_followed_and_equals_one_that_is_read_at_once(marked_st
         assert built(view, name) == built(whole, name), name
 
 
-def test_a_run_that_cannot_be_followed_says_why_and_stops_no_other(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_followed_says_why_and_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file is known that has this effect, so the fault is put in."""
     bad, good = (RunView(write_preference_run(tmp_path / name)) for name in ("bad", "good"))
-    with (bad.run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "step": 1' + 30 * "0" + "}\n")
+
+    def fail() -> bool:
+        raise OverflowError("Python int too large to convert to C long")
+
+    monkeypatch.setattr(bad, "advance", fail)
     stopping = threading.Event()
     thread = threading.Thread(target=follow, args=([bad, good], stopping))
     thread.start()
