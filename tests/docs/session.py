@@ -172,13 +172,19 @@ def with_added(command: Command) -> str:
     return "\n".join([*before, f"{match[1]} {added}{match[2] or ''}"])
 
 
-def follow(page: str, shell: Shell) -> None:
-    """Type every command of the page; raises AssertionError at the first that does not do what the page says."""
+def follow(page: str, shell: Shell) -> list[Command]:
+    """Type every command of the page; raises AssertionError at the first that does not do what the page says.
+
+    Returns those that were typed, in order: all but those that `tables.NOT_HERE` lists.
+    """
     beside: list[Started] = []
+    typed: list[Command] = []
     for command in commands_of(page, (ROOT / page).read_text(encoding="utf-8")):
         if named(tables.NOT_HERE, command) is not None:
             check_unrun(command)
-        elif (text := named(tables.INTERRUPTED, command)) is not None:
+            continue
+        typed.append(command)
+        if (text := named(tables.INTERRUPTED, command)) is not None:
             run_until_interrupted(shell, command, text)
         elif (until := named(tables.UNTIL_THE_PAGE_ENDS, command)) is not None:
             beside.append(shell.start(with_added(command)))
@@ -188,6 +194,7 @@ def follow(page: str, shell: Shell) -> None:
     for started in beside:
         assert not started.code.exists() or started.code.read_text().strip() == "0", started.printed()
         shell.interrupt(started)
+    return typed
 
 
 def run(shell: Shell, command: Command) -> None:
@@ -199,7 +206,7 @@ def run(shell: Shell, command: Command) -> None:
 
 
 def run_until_interrupted(shell: Shell, command: Command, text: str) -> None:
-    """What goes on until Ctrl-C must print `text` before and end with 130; a page that it serves must open."""
+    """What goes on until Ctrl-C must print `text` before and end with 0 or 130; a page that it serves must open."""
     started = shell.start(with_added(command))
     await_that(lambda: text in started.printed() or started.code.exists(), f"{command}: no {text!r}", started.printed)
     if served := re.search(r"http://127\.0\.0\.1:\d+/", started.printed()):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.docs import tables
 from tests.docs.commands import all_commands
-from tests.docs.session import await_run, follow, terminal, workplace
+from tests.docs.session import await_run, follow, named, terminal, workplace
 
 PREPARE = f"mixwright data prepare configs/quickstart_corpora.yaml {tables.SMALL_STORE}"
 FINISHED = f"python launch/pretrain.py --config configs/quickstart.yaml {tables.SMALL_RUN} training.num_steps=20"
@@ -43,5 +43,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_says_works(page: str, shared: tuple[Path, Path]) -> None:
     folder, home = shared
+    to_type = [command for command in COMMANDS if command.page == page and named(tables.NOT_HERE, command) is None]
     with terminal(folder, home / page.replace("/", "-")) as shell:
-        follow(page, shell)
+        assert follow(page, shell) == to_type

@@ -109,6 +109,15 @@ def end(run: DrillRun, job: Job, references: References) -> None:
     assert_as_undisturbed(run, references.of(run))
 
 
+def end_with_both(
+    run: DrillRun, job: Job, service: Service, references: References, sent: tuple[Submission, Submission]
+) -> None:
+    """`end`, once both policies are committed; each must have been journaled once."""
+    wait_until(lambda: len(run.history().commits) == 3)
+    end(run, job, references)
+    assert [len(service.policies_of(submission.request_id)) for submission in sent] == [1, 1]
+
+
 def test_the_controller_is_killed_idle_and_while_it_answers(
     make_run: MakeRun, serve: Callable[..., Service], references: References
 ) -> None:
@@ -128,9 +137,7 @@ def test_the_controller_is_killed_idle_and_while_it_answers(
     wait_until(lambda: service.policies_of(second.request_id))
     assert service.kill("controller")
     second.wait(60)
-    wait_until(lambda: len(run.history().commits) == 3)
-    end(run, job, references)
-    assert [len(service.policies_of(s.request_id)) for s in (first, second)] == [1, 1]
+    end_with_both(run, job, service, references, (first, second))
     assert longest_step_s(run, began, run.num_steps) < 5
 
 
@@ -233,9 +240,7 @@ def test_rays_gcs_or_raylet_is_killed(
     service.up()
     second = Submission(run.run_dir, COLOURS)
     second.wait(60)
-    wait_until(lambda: len(run.history().commits) == 3)
-    end(run, job, references)
-    assert [len(service.policies_of(s.request_id)) for s in (first, second)] == [1, 1]
+    end_with_both(run, job, service, references, (first, second))
     assert longest_step_s(run, began, run.num_steps) < 5
 
 

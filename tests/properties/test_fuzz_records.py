@@ -120,7 +120,8 @@ def test_pair_manifests(tmp_path: Path) -> None:
 @given(mutated_texts([JOB]))
 @effort(60)
 def test_job_manifests(content: bytes) -> None:
-    outcome(lambda: read_job_manifest({VARIABLE: content.decode("latin-1")}))
+    refused = outcome(lambda: read_job_manifest({VARIABLE: content.decode("latin-1")}))
+    assert refused is None or (refused.exit_code == 2 and VARIABLE in str(refused))
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------
