@@ -122,7 +122,7 @@ class Feeder:
                     f"commit entry {lsn} was announced but is not visible here after {VISIBLE_TIMEOUT_S:g} s: "
                     "is the run folder on a file system that all nodes share?"
                 )
-            if not self._read_journal():
+            if not self._read_journal(lsn):
                 time.sleep(0.02)
 
     def _check_in_time(self, lsn: int, effective_step: int) -> None:
@@ -132,8 +132,8 @@ class Feeder:
                 "already prepared on this rank: mixing.lead_steps is too small"
             )
 
-    def _read_journal(self) -> int:
-        entries = self._journal.poll()
+    def _read_journal(self, last_lsn: int) -> int:
+        entries = self._journal.poll(last_lsn)
         for entry in entries:
             self._history.apply(entry)
         return len(entries)

@@ -60,10 +60,13 @@ class Journal:
             self._sweep()
             check_complete(folder)
 
-    def poll(self) -> list[Entry]:
-        """Entries since the last call, one's own included, in order. Costs one stat when there is none."""
+    def poll(self, last_lsn: int | None = None) -> list[Entry]:
+        """Entries since the last call, one's own included, in order. Costs one stat when there is none.
+
+        `last_lsn`: files after that entry are not looked at, whatever they hold.
+        """
         with self._lock:
-            self._read_new()
+            self._read_new(last_lsn)
             unread, self._unread = self._unread, []
             return unread
 
@@ -111,19 +114,27 @@ class Journal:
                     f"{self.writer!r} (lease {held.epoch}) must stop"
                 )
 
-    def _read_new(self) -> None:
-        while os.path.exists(self._next_path):  # noqa: PTH110 (a rank asks this at every step)
+    def _read_new(self, last_lsn: int | None = None) -> None:
+        while last_lsn is None or self._next_lsn <= last_lsn:
+            if not os.path.exists(self._next_path):  # noqa: PTH110 (a rank asks this at every step)
+                return
             entry = read_entry(self.folder, self._next_lsn, self._last_hash)
             if entry is None:
                 return
-            self._next_path = str(entry_path(self.folder, entry.lsn + 1))
-            self._next_lsn, self._last_hash = entry.lsn + 1, entry.hash
-            self._unread.append(entry)
-            if isinstance(entry.body, Lease):
-                self._newest_leases[entry.body.role] = entry.body
+            self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        self._next_path = str(entry_path(self.folder, entry.lsn + 1))
+        self._next_lsn, self._last_hash = entry.lsn + 1, entry.hash
+        self._unread.append(entry)
+        if isinstance(entry.body, Lease):
+            self._newest_leases[entry.body.role] = entry.body
 
     def _try_append(self, body: EntryBody) -> Entry | None:
-        """Write the entry as the next one and read it back; None when another writer was faster."""
+        """Write the entry as the next one; None when another writer was faster.
+
+        Nothing is read once the entry is there: a journal that cannot be read any further must not hide that it is.
+        """
         entry, raw = sealed(self._next_lsn, body, self.writer, round(time.time(), 6), self._last_hash)
         path = entry_path(self.folder, entry.lsn)
         began = time.perf_counter()
@@ -135,8 +146,8 @@ class Journal:
         if not created:
             return None
         self.append_seconds = time.perf_counter() - began
-        self._read_new()
-        return next(own for own in self._unread if own.lsn == entry.lsn)
+        self._take(entry)
+        return entry
 
     def _sweep(self) -> None:
         """Remove what killed writers have left behind. It is harmless while it lies there, so failing is no error."""

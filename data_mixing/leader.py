@@ -6,10 +6,12 @@ commits what the controller proposed; it does not need the controller to be aliv
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from mixwright.data_mixing.entries import Commit, EntryBody, Genesis, Lease, Pass, PolicyEntry
@@ -97,7 +99,8 @@ class Leader:
         told = False
         with self._state:
             self._boundary = step
-            while self._is_undecided(step):
+            # A ruling under way at this boundary holds from it: nobody leaves before it is written and announced.
+            while self._writing_effective_step is not None or self._is_undecided(step):
                 self._raise_failure()
                 left = deadline - time.monotonic()
                 if left < -COMMIT_TIMEOUT_S:
@@ -160,8 +163,8 @@ class Leader:
             self._journal.append(body)
             self._outbox.get_nowait()
 
-    def _read_new(self) -> None:
-        entries = self._journal.poll()
+    def _read_new(self, last_lsn: int | None = None) -> None:
+        entries = self._journal.poll(last_lsn)
         for entry in entries:
             self._history.apply(entry)
         if entries:
@@ -176,12 +179,18 @@ class Leader:
                 if effective_step is None:
                     continue
                 self._writing_effective_step = effective_step
-            try:
+            with self._announcing():
                 self._commit(lsn, policy, effective_step)
-            finally:
-                with self._state:
-                    self._writing_effective_step = None
-                    self._state.notify_all()
+
+    @contextlib.contextmanager
+    def _announcing(self) -> Iterator[None]:
+        """A ruling is written inside; whoever waits for it goes on behind."""
+        try:
+            yield
+        finally:
+            with self._state:
+                self._writing_effective_step = None
+                self._state.notify_all()
 
     def _effective_step(self, policy: PolicyEntry) -> int | None:
         """The step from which `policy` can hold, None while its time is not within reach."""
@@ -194,24 +203,35 @@ class Leader:
     def _commit(self, lsn: int, policy: PolicyEntry, effective_step: int) -> None:
         """Commit, unless somebody wrote in between (a CANCEL of this policy, maybe): then the next look decides."""
         commit = commit_body(self._history, lsn, policy, effective_step)
-        entry = self._journal.append_after(self._history.last_lsn, commit)
-        self._read_new()
-        if entry is not None:
-            self._announced_lsn = entry.lsn
+        if self._rule(commit):
             logger.info("policy %d is committed: effective from step %d", lsn, effective_step)
+
+    def _rule(self, body: Commit | Pass) -> bool:
+        """Write what ranks must follow and announce it, unless something new stands in the journal."""
+        entry = self._journal.append_after(self._history.last_lsn, body)
+        if entry is None:
+            self._read_new()
+            return False
+        # Not a file further: what is written is announced even if the journal cannot be read from here on.
+        self._read_new(entry.lsn)
+        self._announced_lsn = entry.lsn
+        return True
 
     def _pass_due(self) -> None:
         """Go on without a decision, unless it came at the last moment."""
-        step = self._give_up_at
-        if step is None or not self._is_undecided(step):
-            return
+        with self._state:
+            step = self._give_up_at
+            if step is None or not self._is_undecided(step):
+                return
+            self._writing_effective_step = step
+        with self._announcing():
+            self._pass(step)
+
+    def _pass(self, step: int) -> None:
         found = self._history.plan().mark(step)
         assert found is not None
         body = Pass(policy_lsn=found[0], step=step, reason="no decision came in time; the mixture stays")
-        entry = self._journal.append_after(self._history.last_lsn, body)
-        self._read_new()
-        if entry is not None:
-            self._announced_lsn = entry.lsn
+        if self._rule(body):
             logger.warning("step %d: %s", step, body.reason)
 
 

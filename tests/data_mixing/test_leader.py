@@ -23,6 +23,10 @@ GENESIS = Genesis(
 FIRST = accept({"kind": "static", "mixture": {"a": 1, "b": 1}}, GENESIS)
 
 
+ROUND_STEPS = 12
+ONLINE = accept({"kind": "odm", "round_steps": ROUND_STEPS}, GENESIS)
+
+
 def policy(**changes: object) -> PolicyEntry:
     return accept({"kind": "static", "mixture": {"c": 1}, **changes}, GENESIS)
 
@@ -156,6 +160,54 @@ def test_training_waits_at_the_edge_of_a_commit_that_is_being_written(
         assert passed.wait(5)
         assert leader.announced_lsn == [e.lsn for e in read_entries(tmp_path) if e.type == "COMMIT"][-1]
         waiting.join()
+
+
+def test_nobody_leaves_a_boundary_while_a_commit_that_holds_from_it_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two policies are committed at the end of a round. The first ends the wait, the second comes a moment later."""
+    journal, leader = begin(tmp_path)
+    propose(tmp_path, ONLINE)
+    append_after = journal.append_after
+
+    def slow_append(lsn: int, body: EntryBody) -> Entry | None:
+        time.sleep(0.3)
+        return append_after(lsn, body)
+
+    with leader:
+        boundary = wait_for_commits(tmp_path, 2)[1].effective_step + ROUND_STEPS
+        leader.begin_step(boundary - 1)
+        monkeypatch.setattr(journal, "append_after", slow_append)
+        propose(tmp_path, policy())
+        propose(tmp_path, policy(mixture={"a": 1}))
+        announced = leader.await_decision(boundary, timeout_s=30)
+    holding = [
+        e.lsn for e in read_entries(tmp_path) if isinstance(e.body, Commit) and e.body.effective_step == boundary
+    ]
+    assert len(holding) == 2
+    assert announced == holding[-1]
+
+
+def test_what_lies_unreadable_behind_a_commit_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has put a file at the number after the one that the COMMIT takes."""
+    journal, leader = begin(tmp_path)
+    lsn = propose(tmp_path, policy())
+    append_after = journal.append_after
+
+    def before_garbage(last_lsn: int, body: EntryBody) -> Entry | None:
+        (tmp_path / f"{last_lsn + 2:08d}.json").write_text("{")
+        return append_after(last_lsn, body)
+
+    monkeypatch.setattr(journal, "append_after", before_garbage)
+    leader.__enter__()
+    deadline = time.monotonic() + 10
+    while leader.announced_lsn <= lsn and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert leader.announced_lsn == lsn + 1
+    with pytest.raises(JournalError, match="torn"):
+        leader.__exit__(None, None, None)
+    (tmp_path / f"{lsn + 2:08d}.json").unlink()
+    assert commits(tmp_path)[-1].policy_lsn == lsn
 
 
 def test_a_leader_that_was_replaced_stops_and_says_so(tmp_path: Path) -> None:
