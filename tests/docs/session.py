@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from mixwright.data_mixing.service import read_record
 from mixwright.pretrain.rundir import read_history
 from tests.docs import tables
@@ -79,8 +81,11 @@ class Shell:
         return code
 
     def close(self) -> None:
-        """End what is still running in this terminal."""
-        self._type("kill -9 $(jobs -p) 2>/dev/null; exit")
+        """End what is still running in this terminal, the command that nobody waits for any more included."""
+        for process in psutil.Process(self._bash.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._type("exit")
         self._bash.communicate(timeout=60)
 
     def _type(self, line: str) -> None:

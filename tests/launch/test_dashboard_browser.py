@@ -131,7 +131,11 @@ def test_every_panel_draws_and_the_browser_has_no_complaint(page: webdriver.Chro
 
 
 def text_rows(browser: webdriver.Chrome, selector: str) -> list[str]:
-    return [row.text for row in browser.find_elements(By.CSS_SELECTOR, selector)]
+    """All rows at one moment: the page replaces them while it is looked at."""
+    texts = (
+        "return Array.from(document.querySelectorAll(arguments[0]), row => row.innerText.replace(/\\s+/g, ' ').trim())"
+    )
+    return list(browser.execute_script(texts, selector))
 
 
 def test_a_canvas_that_nothing_was_drawn_on_would_be_found_out(page: webdriver.Chrome) -> None:
@@ -197,10 +201,10 @@ def test_domains_are_switched_and_sorted(page: webdriver.Chrome) -> None:
 
 def test_the_timeline_lists_filters_and_opens_entries(page: webdriver.Chrome) -> None:
     wait_for(lambda: text_rows(page, "#timeline tbody tr"))
-    buttons = {b.text.split()[0]: b for b in page.find_elements(By.CSS_SELECTOR, "#timeline .chips button")}
+    buttons = [text.split()[0] for text in text_rows(page, "#timeline .chips button")]
     assert {"proposal", "shadow", "decision", "reject", "cancel", "commit", "rollback", "hold", "run"} == set(buttons)
     for name in ("proposal", "shadow", "decision", "commit"):
-        find(page, f"#timeline .chips button:nth-child({list(buttons).index(name) + 1})").click()
+        find(page, f"#timeline .chips button:nth-child({buttons.index(name) + 1})").click()
     rows = wait_for(
         lambda: (rows := text_rows(page, "#timeline tbody tr")) and all("reject" in row for row in rows) and rows
     )
