@@ -27,6 +27,7 @@ RETRY_INTERVAL_S = 5.0
 REACH_STEPS = 64
 """A policy with `at_step` is committed this many steps early, so that a slow journal does not make it late."""
 STILL_WAITING_S = 10.0
+FLUSH_TIMEOUT_S = 30.0
 COMMIT_TIMEOUT_S = 120.0
 """How long training waits at the edge of a commit that is being written to a slow journal."""
 
@@ -45,7 +46,8 @@ class Leader:
         self._announced_lsn = history.last_ruling_lsn
         self._outbox: queue.Queue[EntryBody] = queue.Queue()
         self._failure: Exception | None = None
-        self._stopping = threading.Event()
+        self._is_away = False
+        self._stopping, self._wake = threading.Event(), threading.Event()
         self._state = threading.Condition()
         self._current_step = start_step
         self._writing_effective_step: int | None = None
@@ -61,6 +63,7 @@ class Leader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping.set()
+        self._wake.set()
         self._thread.join(timeout=COMMIT_TIMEOUT_S)
         if kind is None:
             self._raise_failure()
@@ -121,6 +124,16 @@ class Leader:
         """Queue an entry (a report, checkpoint or end) for the journal."""
         self._outbox.put(body)
 
+    def flush(self) -> None:
+        """Wait until what was queued is in the journal, before a checkpoint says that these steps need not be done again.
+
+        Training does not wait for a journal that is away: the queue stays, and is written when it comes back.
+        """
+        self._wake.set()
+        with self._state:
+            self._state.wait_for(lambda: self._outbox.empty() or self._is_away, timeout=FLUSH_TIMEOUT_S)
+        self._raise_failure()
+
     def _is_too_close(self, step: int) -> bool:
         """Whether the control word of `step` is the last one that can announce the commit under way in time."""
         effective_step = self._writing_effective_step
@@ -134,6 +147,7 @@ class Leader:
         """Thread: write what is queued, read what is new, commit what is due."""
         while True:
             stopping = self._stopping.is_set()
+            self._wake.clear()
             try:
                 self._write_queued()
                 self._read_new()
@@ -141,27 +155,39 @@ class Leader:
                     self._commit_due()
                     self._pass_due()
             except JournalConflict as error:
-                self._failure = error
+                self._fail(error)
                 return
             except JournalError as error:
                 # Training goes on with the last committed policy while the journal's storage is away.
                 logger.warning("the journal cannot be used, trying again in %g s: %s", RETRY_INTERVAL_S, error)
                 if stopping:
-                    self._failure = error
+                    self._fail(error)
                     return
+                self._tell(is_away=True)
                 self._stopping.wait(RETRY_INTERVAL_S)
             except Exception as error:
-                self._failure = error
+                self._fail(error)
                 return
             if stopping:
                 return
-            self._stopping.wait(POLL_INTERVAL_S)
+            self._wake.wait(POLL_INTERVAL_S)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._tell(is_away=True)
+
+    def _tell(self, is_away: bool) -> None:
+        """Whoever waits for entries to be written looks again."""
+        with self._state:
+            self._is_away = is_away
+            self._state.notify_all()
 
     def _write_queued(self) -> None:
         while not self._outbox.empty():
             body = self._outbox.queue[0]
             self._journal.append(body)
             self._outbox.get_nowait()
+        self._tell(is_away=False)
 
     def _read_new(self, last_lsn: int | None = None) -> None:
         entries = self._journal.poll(last_lsn)

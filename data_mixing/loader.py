@@ -215,6 +215,7 @@ class MixingLoader:
             raise MixingError(f"step {self._step} is not ended: call end_step() before state()")
         if self._leader is not None:
             self._leader.write(Checkpoint(step=self._step, tag=tag, digest=f"{self._digest:016x}"))
+            self._leader.flush()
         return {"step": self._step}
 
     def _begin_step(self) -> Step:

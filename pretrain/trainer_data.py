@@ -40,6 +40,7 @@ from mixwright.data_mixing.run_start import NewRun, attempt_of, joined, lead
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.errors import TrainingError
 from mixwright.pretrain.objective import DomainSums
+from mixwright.pretrain.rundir import began_ns
 
 _WRAP = 1 << 64
 
@@ -99,7 +100,7 @@ class PlannedRows(Dataset[dict[str, Tensor]]):
     def _parts(self) -> tuple[seal.SealedPlan, TokenStore, NDArray[np.int64]]:
         """Journal and store as this process has opened them; a forked worker opens its own."""
         if self._reader is None or self._reader[0] != os.getpid():
-            store = TokenStore.open(self._store_folder)
+            store = TokenStore.open(self._store_folder, compare_since_ns=began_ns(self._run_dir))
             plan = seal.SealedPlan(self._run_dir, self._timeout_s)
             self._reader = (os.getpid(), plan, store, store_order(self._genesis, store))
         return self._reader[1:]
@@ -218,13 +219,15 @@ class TrainerMixing(TrainerCallback):  # type: ignore[misc]
             self._leader.begin_step(self._step)
             seal.Seal(*self._leader.sealed()).write(self._run_dir)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         done = state.global_step
         if self._leader is not None:
             plan = self.rows._parts()[0].at(self._step)
             self._digest = chain_digest(self._digest, plan.digest(self._step))
         if done % self._report_every == 0 or done == self.genesis.num_steps:
             self._report(done)
+        if control.should_save and self._leader is not None:
+            self._leader.flush()
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self._leader is not None:

@@ -225,6 +225,21 @@ def train_after_a_takeover(leader: Leader, folder: Path) -> None:
             time.sleep(0.02)
 
 
+def test_what_was_queued_is_written_at_once_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixwright.data_mixing import leader as module
+    from mixwright.data_mixing.entries import Checkpoint
+
+    monkeypatch.setattr(module, "POLL_INTERVAL_S", 60.0)
+    _, leader = begin(tmp_path)
+    with leader:
+        time.sleep(0.2)  # its thread sleeps by now
+        for step in range(3):
+            leader.write(Checkpoint(step=step, tag=f"step-{step}", digest="00"))
+        leader.flush()
+        written = [entry.body for entry in read_entries(tmp_path) if isinstance(entry.body, Checkpoint)]
+        assert [checkpoint.step for checkpoint in written] == [0, 1, 2]
+
+
 def test_reports_wait_while_the_journal_is_away_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +262,7 @@ def test_reports_wait_while_the_journal_is_away_and_training_goes_on(
         for step in range(5):
             leader.begin_step(step)
             time.sleep(0.05)
+        leader.flush()  # does not wait for a journal that is away
         assert [entry.type for entry in read_entries(tmp_path)].count("CHECKPOINT") == 0
         away.clear()
     assert [entry.type for entry in read_entries(tmp_path)].count("CHECKPOINT") == 1

@@ -4,6 +4,7 @@
     DRILL_FULL_SPEED=PATH    until this file exists
     DRILL_DIE=commit-written the leader ends by SIGKILL when a COMMIT is in the journal and no rank has heard of it
     DRILL_DIE=commit-due     ... when it has decided on a COMMIT and not written it
+    DRILL_DIE=checkpoint     ... when its second checkpoint is complete and not in the journal, on a slow thread
     DRILL_TIMES=PATH         the leader notes when each step began, and its thread's time with and without a processor
 
 Only what is named here differs from `launch/pretrain.py`, which is then run as it is.
@@ -11,15 +12,20 @@ Only what is named here differs from `launch/pretrain.py`, which is then run as 
 
 from __future__ import annotations
 
+import itertools
 import os
 import runpy
 import signal
 import time
 from pathlib import Path
 
-from mixwright.data_mixing.entries import Commit, EntryBody
+from mixwright.data_mixing import leader
+from mixwright.data_mixing.entries import Checkpoint, Commit, EntryBody
 from mixwright.data_mixing.journal import Entry, Journal
 from mixwright.data_mixing.leader import Leader
+from mixwright.pretrain.checkpoint import Checkpoints
+from mixwright.pretrain.engine import Engine
+from mixwright.pretrain.loop import Position
 
 JOB = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 
@@ -64,13 +70,32 @@ def die_at_commit(is_written: bool) -> None:
     Journal.append_after = append_and_die  # type: ignore[method-assign]
 
 
+def die_at_checkpoint() -> None:
+    """The second checkpoint of this process; what the leader's thread has to write waits until somebody asks for it."""
+    leader.POLL_INTERVAL_S = 60.0
+    save, saved = Checkpoints.save, itertools.count(1)
+
+    def save_and_die(self: Checkpoints, engine: Engine, position: Position) -> Checkpoint:
+        checkpoint = save(self, engine, position)
+        if next(saved) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return checkpoint
+
+    Checkpoints.save = save_and_die  # type: ignore[method-assign]
+
+
 def main() -> None:
     if seconds := float(os.environ.get("DRILL_STEP_S", "0")):
         slow_down(seconds, Path(os.environ["DRILL_FULL_SPEED"]))
     if path := os.environ.get("DRILL_TIMES"):
         note_times(Path(path))
     if moment := os.environ.get("DRILL_DIE"):
-        die_at_commit({"commit-written": True, "commit-due": False}[moment])
+        arrange = {
+            "commit-written": lambda: die_at_commit(is_written=True),
+            "commit-due": lambda: die_at_commit(is_written=False),
+            "checkpoint": die_at_checkpoint,
+        }
+        arrange[moment]()
     runpy.run_path(str(JOB), run_name="__main__")
 
 
