@@ -1,6 +1,7 @@
 # Every target does its own set-up and is safe to run again. Python 3.11 or newer, make, gcc and g++ are all it needs.
 PYTHON ?= python3.11
 VENV ?= .venv
+PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 RUN ?= quickstart
 CYCLES ?= 100
@@ -14,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install quickstart test lint format types check bench bench-kernels bench-data bench-rpo bench-dashboard bench-scale security fuzz docs drills soak clean
+.PHONY: help install quickstart test lint format types check bench bench-kernels bench-data bench-rpo bench-dashboard bench-scale bench-all security fuzz docs drills soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,7 +55,7 @@ format: install  ## rewrite files in the house format
 types: install .typecheck/mixwright  ## static types
 	$(BIN)/mypy
 
-check: lint types test  ## all of the above
+check: lint types security test  ## all of the above
 
 bench: install  ## training throughput beside transformers.Trainer; what instance weights cost
 	$(BIN)/python -m tests.benchmarks.bench_training
@@ -80,6 +81,16 @@ bench-dashboard: install  ## first paint and panels on a run of 100,000 steps
 bench-scale: install  ## 1,000 ranks and 10,000 domains, simulated: messages, bytes, plan, controller
 	$(BIN)/python -m tests.benchmarks.bench_scale
 
+# Peers that are no dependency of ours; those that cannot be installed are named by the benchmark and left out.
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+	for peer in grain torchdata "mosaicml-streaming torchvision"; do $(PEERS)/bin/python -m pip install --quiet $$peer || true; done
+	@touch $@
+
+bench-all: install $(PEERS)/.installed  ## every benchmark beside its peers, into docs/benchmarks.md (about 40 minutes)
+	MIXWRIGHT_PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.benchmarks.run
+
 docs: install .typecheck/mixwright  ## the documentation as a site, in site/; needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -96,4 +107,4 @@ soak: install  ## two hours of simulated steps: is memory flat, are files bounde
 	$(BIN)/python -m tests.benchmarks.soak
 
 clean:  ## remove the virtual environment and caches; runs are kept
-	rm -rf $(VENV) site .typecheck .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) site .typecheck .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
