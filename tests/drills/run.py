@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.figures import ROOT, commit_of, machine, write_figures
+
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- drills: figures begin -->", "<!-- drills: figures end -->"
-VERSIONS = ("torch", "deepspeed", "ray", "transformers")
 HEADER = ("drill", "outcome", "seconds", "recovery, s", "longest wait, s")
 IN_COLUMNS = ("recovery_s", "longest_wait_s")
 
@@ -72,35 +69,6 @@ def figures_block(results: Sequence[Result], seed: int, commit: str) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Processors, memory and versions in one line."""
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    packages = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores ({platform.machine()}), {memory_gib:.0f} GiB, Python {platform.python_version()}, {packages}"
-
-
-def commit_of(folder: Path) -> str:
-    """The commit in `folder`, and whether files were changed since."""
-    hash_ = _git(folder, "rev-parse", "--short", "HEAD")
-    return f"{hash_} with local changes" if _git(folder, "status", "--porcelain") else hash_
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def write_figures(page: Path, block: str) -> None:
-    """Replace what stands between the two comments. Raises ValueError when they are missing."""
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page}: expected the lines {BEGIN} and {END}")
-    page.write_text(f"{before}{begin}\n\n{block}\n\n{end}{after}", encoding="utf-8")
-
-
 def run_drills(seed: int, cycles: int, junit: Path, more: Sequence[str]) -> int:
     """pytest's exit code; the random kills come last."""
     command = [
@@ -140,7 +108,7 @@ def main() -> int:
             results = read_results(junit) if junit.exists() else []
     print_table(results)
     if not arguments.pytest and results:
-        write_figures(PAGE, figures_block(results, arguments.seed, arguments.commit or commit_of(ROOT)))
+        write_figures(PAGE, "drills", figures_block(results, arguments.seed, arguments.commit or commit_of(ROOT)))
     return code
 
 

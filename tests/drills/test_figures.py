@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.drills.run import BEGIN, END, PAGE, figures_block, read_results, write_figures
+from tests.drills.run import PAGE, figures_block, read_results
+from tests.figures import comments, write_figures
+
+BEGIN, END = comments("drills")
 
 JUNIT = """<testsuites><testsuite>
 <testcase name="test_one_rank[a]" time="12.4"><properties>
@@ -20,7 +23,7 @@ def test_each_drill_has_a_line_and_only_what_stands_between_the_comments_is_repl
     (tmp_path / "junit.xml").write_text(JUNIT)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold figures\n{END}\nafter\n")
-    write_figures(page, figures_block(read_results(tmp_path / "junit.xml"), 7, "abc"))
+    write_figures(page, "drills", figures_block(read_results(tmp_path / "junit.xml"), 7, "abc"))
     lines = page.read_text().splitlines()
     assert (lines[0], lines[-1], "old figures" in lines) == ("before", "after", False)
     assert "| one rank (a) | held | 12 | 3.21 |  |" in lines
@@ -33,6 +36,6 @@ def test_a_page_without_its_comments_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("text")
     with pytest.raises(ValueError, match="expected the lines"):
-        write_figures(page, "block")
+        write_figures(page, "drills", "block")
     assert page.read_text() == "text"
     assert BEGIN in PAGE.read_text()
