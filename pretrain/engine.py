@@ -48,7 +48,10 @@ logger = logging.getLogger(__name__)
 
 
 def start_ranks(say: Callable[[str], None], timeout_s: float = 600.0) -> Ranks:
-    """Join the process group that the launcher (deepspeed, torchrun or plain python) describes."""
+    """Join the process group that the launcher (deepspeed, torchrun or plain python) describes.
+
+    Raises TrainingError when the port is taken, or the other ranks are not to be reached.
+    """
     deepspeed_logger.setLevel(logging.WARNING)
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -60,11 +63,24 @@ def start_ranks(say: Callable[[str], None], timeout_s: float = 600.0) -> Ranks:
     if get_accelerator().device_name() == "cpu":
         _provide_shared_memory_op(world, say)
     device = own_device(int(os.environ["LOCAL_RANK"]))
-    with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    except dist.DistError as error:
+        raise TrainingError(_why_not_joined(str(error))) from None
     rank = dist.get_rank()
     control = dist.new_group(backend="gloo") if world > 1 else None
     return Ranks(rank, world, device, control)
+
+
+def _why_not_joined(message: str) -> str:
+    port = os.environ["MASTER_PORT"]
+    if "EADDRINUSE" not in message:
+        return f"rank {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:{port}: {message}"
+    return (
+        f"MASTER_PORT: port {port} is taken on this machine, by another job perhaps: give this one a port of its own, "
+        f"as in `deepspeed --master_port {int(port) + 1} ...`"
+    )
 
 
 def own_device(local_rank: int) -> torch.device:

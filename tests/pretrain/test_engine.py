@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +213,17 @@ def test_ranks_of_a_node_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> Non
     gpus = Gpus()
     monkeypatch.setattr("mixwright.pretrain.engine.get_accelerator", lambda: gpus)
     assert own_device(3) == torch.device("cuda:3")
+
+
+def test_a_port_that_another_job_has_is_named() -> None:
+    """Two jobs that `deepspeed` starts on one machine both want 29500."""
+    code = "from mixwright.pretrain.engine import start_ranks; start_ranks(print)"
+    with socket.create_server(("0.0.0.0", 0)) as other_job:
+        port = other_job.getsockname()[1]
+        environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+    expected = f"TrainingError: MASTER_PORT: port {port} is taken on this machine"
+    assert expected in done.stderr
+    assert f"`deepspeed --master_port {port + 1} ...`" in done.stderr
