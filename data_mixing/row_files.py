@@ -22,6 +22,7 @@ from mixwright.data_mixing.errors import StoreChanged
 
 COLUMN = "tokens"
 _PROBE_BYTES = 4096
+_BLOCK_ROWS = 4096
 
 
 def write_rows(file: BinaryIO, blocks: Iterable[NDArray[Any]], width: int, dtype: str) -> str:
@@ -66,6 +67,15 @@ class RowFileView:
         batch_n = np.searchsorted(self.first_row_b, row_n, side="right") - 1
         within_n = row_n - self.first_row_b[batch_n]
         return np.stack([self.batches[b][r] for b, r in zip(batch_n.tolist(), within_n.tolist(), strict=True)])
+
+
+def rows_sha256(view: RowFileView, num_rows: int) -> str:
+    """SHA-256 of the tokens of all rows, as `write_rows` returned it. Reads the whole file."""
+    digest = hashlib.sha256()
+    for first in range(0, num_rows, _BLOCK_ROWS):
+        rows_NW = view.take(np.arange(first, min(first + _BLOCK_ROWS, num_rows)))
+        digest.update(np.ascontiguousarray(rows_NW, dtype=rows_NW.dtype.newbyteorder("<")).data)
+    return digest.hexdigest()
 
 
 def open_rows(path: Path, width: int, dtype: str, num_rows: int) -> RowFileView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,36 +14,42 @@ from numpy.typing import NDArray
 from mixwright.data_mixing.domain import Cap, Domain
 from mixwright.data_mixing.errors import DataError, StoreChanged, nearest
 from mixwright.data_mixing.manifest import MANIFEST, SPLITS, Manifest, RowFile, Split, read_manifest
-from mixwright.data_mixing.row_files import RowFileView, open_rows, probe
+from mixwright.data_mixing.row_files import RowFileView, open_rows, probe, rows_sha256
 
 
 class TokenStore:
     """Rows of `sequence_length + 1` tokens of every domain, addressed by (domain index, row number).
 
     Domain indices follow `manifest.domains`. Opening reads the manifest and compares file sizes; a file is
-    mapped, and compared more closely, when a row of it is first asked for.
+    mapped, and compared more closely, when a row of it is first asked for. From then on each `gather` looks at its size
+    and time: what is written into a mapped file would be read as rows, and a file that is cut would end the process.
     """
 
     ask_ahead = 0
     """How many `ask`s pay when they are made before their answers are needed."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, compare_since_ns: int | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         self.row_width = manifest.sequence_length + 1
         self.dtype = np.dtype(manifest.dtype)
         self._index = {domain.name: i for i, domain in enumerate(manifest.domains)}
         self._layouts: dict[str, _Layout] = {}
+        self._compare_since_ns = compare_since_ns
 
     @classmethod
-    def open(cls, folder: Path) -> TokenStore:
-        """Raises DataError when `folder` is no store, StoreChanged when a file is missing or has another size."""
+    def open(cls, folder: Path, *, compare_since_ns: int | None = None) -> TokenStore:
+        """Raises DataError when `folder` is no store, StoreChanged when a file is missing or has another size.
+
+        Files that were changed after `compare_since_ns` (of a run that is continued: when it began) are compared with
+        the manifest in full when they are mapped, others by a few blocks.
+        """
         manifest = read_manifest(folder)
         for domain in manifest.domains:
             for split in domain.splits.values():
                 for file in split.files:
                     _check_size(folder / domain.name / file.name, file)
-        return cls(folder, manifest)
+        return cls(folder, manifest, compare_since_ns)
 
     @property
     def fingerprint(self) -> str:
@@ -129,13 +136,44 @@ class TokenStore:
             )
 
     def _view(self, layout: _Layout, file: int) -> RowFileView:
-        if file not in layout.views:
-            path, row_file = self.folder / layout.paths[file], layout.files[file]
-            _check_size(path, row_file)
-            if probe(path) != row_file.probe:
-                raise StoreChanged(f"{path}: its content is not what the manifest recorded; prepare the store again")
-            layout.views[file] = open_rows(path, self.row_width, self.manifest.dtype, row_file.num_rows)
-        return layout.views[file]
+        mapped = layout.mapped.get(file)
+        if mapped is None:
+            mapped = layout.mapped[file] = self._map(layout, file)
+        elif (found := _stamp(mapped.path)) != mapped.stamp:
+            mapped.stamp = self._still_the_same(mapped, found, layout.files[file])
+        return mapped.view
+
+    def _map(self, layout: _Layout, file: int) -> _Mapped:
+        path, row_file = self.folder / layout.paths[file], layout.files[file]
+        _check_size(path, row_file)
+        stamp = _stamp(str(path))
+        if probe(path) != row_file.probe:
+            raise _changed(path)
+        mapped = _Mapped(open_rows(path, self.row_width, self.manifest.dtype, row_file.num_rows), str(path), stamp)
+        if self._compare_since_ns is not None and (stamp is None or stamp[1] > self._compare_since_ns):
+            _compare(mapped, row_file)
+        return mapped
+
+    def _still_the_same(self, mapped: _Mapped, found: _Stamp, recorded: RowFile) -> _Stamp:
+        """What to expect of a file whose stamp is another one; raises StoreChanged when it holds other rows now."""
+        if found is None or mapped.stamp is None or found[0] != mapped.stamp[0]:
+            return mapped.stamp  # removed or replaced: what is mapped is the old file, which nobody can reach
+        _check_size(Path(mapped.path), recorded)
+        _compare(mapped, recorded)
+        return found
+
+
+_Stamp = tuple[int, int, int] | None
+"""Of a file: its inode, the time of the last change (ns), its size; None when there is none."""
+
+
+@dataclass
+class _Mapped:
+    """A file that is open, and its stamp at the time when its content was looked at."""
+
+    view: RowFileView
+    path: str
+    stamp: _Stamp
 
 
 @dataclass(frozen=True)
@@ -147,7 +185,7 @@ class _Layout:
     first_file_G: NDArray[np.int64]
     paths: list[str]
     files: list[RowFile]
-    views: dict[int, RowFileView]
+    mapped: dict[int, _Mapped]
 
 
 def _lay_out(folder: Path, manifest: Manifest, split: Split) -> _Layout:
@@ -166,8 +204,26 @@ def _lay_out(folder: Path, manifest: Manifest, split: Split) -> _Layout:
         first_file_G=np.cumsum([0, *(len(count.files) for count in counts)])[:-1],
         paths=[f"{domain.name}/{file.name}" for domain in manifest.domains for file in domain.splits[split].files],
         files=[file for count in counts for file in count.files],
-        views={},
+        mapped={},
     )
+
+
+def _stamp(path: str) -> _Stamp:
+    try:
+        found = os.stat(path)  # noqa: PTH116 (for each file of each gather)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _compare(mapped: _Mapped, recorded: RowFile) -> None:
+    """Read a file from its first row to its last; raises StoreChanged when one is not as recorded."""
+    if rows_sha256(mapped.view, recorded.num_rows) != recorded.sha256:
+        raise _changed(Path(mapped.path))
+
+
+def _changed(path: Path) -> StoreChanged:
+    return StoreChanged(f"{path}: its content is not what the manifest recorded; prepare the store again")
 
 
 def _check_size(path: Path, file: RowFile) -> None:

@@ -49,7 +49,7 @@ def run_job(config: PretrainConfig, watcher: Watcher) -> int:
     stop = StopRequest.install()
     with contextlib.ExitStack() as stack:
         if launched_rank() == 0:
-            stack.enter_context(sole_trainer(config.run_dir))
+            stop.tell = stack.enter_context(sole_trainer(config.run_dir)).say_stopping
             ensure_store(config, watcher)
         if read_history(config.run_dir).end is not None:
             _say_complete(config, watcher)
@@ -214,6 +214,8 @@ class Job:
     def _save(self, trainer: Trainer, position: Position) -> None:
         if trainer.row_log is not None:
             trainer.row_log.flush()
+        if trainer.leader is not None:
+            trainer.leader.flush()  # a job that is killed from here on does not do these steps again, nor reports them
         checkpoint = self.checkpoints.save(self.engine, position)
         if trainer.leader is not None:
             trainer.leader.write(checkpoint)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -22,16 +23,24 @@ from mixwright.data_mixing.snapshot import resume
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.engine import accumulation_steps, pretrain_settings
+from mixwright.pretrain.launchers import Launchers
 from mixwright.pretrain.progress import Watcher
 from mixwright.pretrain.ranks import Ranks
-from mixwright.pretrain.rundir import journal_folder, read_history
+from mixwright.pretrain.rundir import began_ns, journal_folder, read_history
+
+logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM; the second one ends the process at once."""
+    """Set by the first SIGINT or SIGTERM, and when a launcher above has ended; a second signal ends the process.
+
+    `tell` is called once, when it is set.
+    """
 
     def __init__(self) -> None:
         self._requested = False
+        self._launchers = Launchers.above()
+        self.tell: Callable[[], None] = lambda: None
 
     @classmethod
     def install(cls) -> StopRequest:
@@ -41,11 +50,19 @@ class StopRequest:
         return request
 
     def is_requested(self) -> bool:
+        if not self._requested and (pid := self._launchers.lost()) is not None:
+            logger.warning("the launcher (process %d) has ended: this rank stops with a checkpoint", pid)
+            self._request()
         return self._requested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
         signal.signal(number, signal.SIG_DFL)
+        self._request()
+
+    def _request(self) -> None:
+        if not self._requested:
+            self._requested = True
+            self.tell()
 
 
 def ensure_store(config: PretrainConfig, watcher: Watcher) -> None:
@@ -74,7 +91,7 @@ def open_store(config: PretrainConfig, ranks: Ranks) -> Iterator[TokenStore]:
     """The token store on this node, or, with `mixing.feed: actor`, as other nodes serve it."""
     mixing = config.mixing
     if mixing.feed == "local":
-        yield TokenStore.open(config.data.store)
+        yield TokenStore.open(config.data.store, compare_since_ns=began_ns(config.run_dir))
         return
     with served_store(
         config.run_dir,

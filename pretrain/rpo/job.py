@@ -54,7 +54,7 @@ def run_rpo(config: RpoConfig, watcher: Watcher) -> int:
     with contextlib.ExitStack() as stack:
         is_first = launched_rank() == 0
         if is_first:
-            stack.enter_context(sole_trainer(config.run_dir))
+            stop.tell = stack.enter_context(sole_trainer(config.run_dir)).say_stopping
         if (config.run_dir / DONE).is_file():
             watcher.say(f"run {config.run.name!r} is complete; delete {config.run_dir} or choose another run.name")
             show_results(config, watcher)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,6 +192,63 @@ def test_a_store_that_is_replaced_while_open_is_read_to_the_end_from_the_old_fil
     store.rows("code", "train", 0, 1)
     shutil.rmtree(folder)
     assert np.array_equal(store.rows("code", "train", 0, 8), ROWS["code"]["train"])
+
+
+def test_a_file_that_is_written_into_while_it_is_mapped_is_seen_at_the_next_gather(folder: Path) -> None:
+    store, path = TokenStore.open(folder), folder / "code" / "train-00000.arrow"
+    old_NW = store.rows("code", "train", 0, 8)
+    content = bytearray(path.read_bytes())
+    at = content.index(old_NW[5].tobytes())
+    content[at : at + 2] = (old_NW[5, :1] + 1).tobytes()
+    overwrite(path, bytes(content))
+    with pytest.raises(StoreChanged, match=r"code/train-00000.arrow: its content is not what the manifest recorded"):
+        store.rows("code", "train", 0, 1)
+    assert store.rows("wiki", "train", 0, 1).shape == (1, 9)
+
+
+@pytest.mark.parametrize("num_rows", [8, 4000])
+def test_a_file_that_was_changed_after_a_run_began_is_compared_in_full(tmp_path: Path, num_rows: int) -> None:
+    rows = random_rows(1, {"code": num_rows, "wiki": 8})
+    folder = write_store(tmp_path / "s", rows, rows_per_file=num_rows)
+    path, began_ns = folder / "code" / "train-00000.arrow", time.time_ns()
+    content = bytearray(path.read_bytes())
+    at = content.index(rows["code"]["train"][num_rows // 3].tobytes())
+    content[at] ^= 1
+    overwrite(path, bytes(content))
+    os.utime(path, ns=(began_ns + 1, began_ns + 1))
+    store = TokenStore.open(folder, compare_since_ns=began_ns)
+    assert store.rows("wiki", "train", 0, 1).shape == (1, 9)
+    with pytest.raises(StoreChanged, match=r"code/train-00000.arrow: its content is not what the manifest recorded"):
+        store.rows("code", "train", 0, 1)
+    content[at] ^= 1
+    overwrite(path, bytes(content))
+    assert np.array_equal(store.rows("code", "train", 0, num_rows), rows["code"]["train"])
+
+
+@pytest.mark.parametrize("left", [0, 1, 100])
+def test_a_mapped_file_that_is_cut_is_an_error_and_not_the_end_of_the_process(folder: Path, left: int) -> None:
+    store, path = TokenStore.open(folder), folder / "code" / "train-00000.arrow"
+    store.rows("code", "train", 0, 8)
+    os.truncate(path, left)
+    with pytest.raises(StoreChanged, match=f"code/train-00000.arrow: {left} bytes, the manifest recorded"):
+        store.rows("code", "train", 0, 8)
+
+
+def test_a_mapped_file_of_another_time_or_another_inode_is_read_on(folder: Path) -> None:
+    store, path = TokenStore.open(folder), folder / "code" / "train-00000.arrow"
+    store.rows("code", "train", 0, 1)
+    overwrite(path, path.read_bytes())
+    os.utime(path, (1, 1))
+    assert np.array_equal(store.rows("code", "train", 0, 8), ROWS["code"]["train"])
+    shutil.copy(folder / "wiki" / "train-00000.arrow", folder / "other")
+    (folder / "other").replace(path)
+    assert np.array_equal(store.rows("code", "train", 0, 8), ROWS["code"]["train"])
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """In place: whoever has mapped the file reads the new content."""
+    with path.open("r+b") as file:
+        file.write(content)
 
 
 @pytest.mark.parametrize(
