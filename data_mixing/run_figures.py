@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from mixwright.data_mixing.timeline import Catalogue
 RECENT_ENTRIES = 64
 """Entries whose times are read when a run is opened: enough for its pace and its newest commits."""
 PACE_REPORTS = 16
+STALL = 10
 RECENT_COMMITS = 16
 
 
@@ -74,7 +76,10 @@ class RunFigures:
 
 
 class Pace:
-    """Steps per second by the times at which reports were written; a job that was started again begins anew."""
+    """Steps per second by the times at which reports were written; a job that was started again begins anew.
+
+    Intervals that are negative, or STALL times as long as is usual, are left out: the clock was set, or nobody trained.
+    """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[int, float, int]] = deque(maxlen=PACE_REPORTS)
@@ -88,10 +93,13 @@ class Pace:
     @property
     def steps_per_s(self) -> float | None:
         """None until two reports are known."""
-        if len(self._seen) < 2:
+        intervals = [(last - first, ended - began) for (_, began, first), (_, ended, last) in pairwise(self._seen)]
+        s_per_step = sorted(seconds / steps for steps, seconds in intervals if seconds > 0)
+        if not s_per_step:
             return None
-        (_, began, first), (_, ended, last) = self._seen[0], self._seen[-1]
-        return (last - first) / (ended - began) if ended > began else None
+        longest = STALL * s_per_step[(len(s_per_step) - 1) // 2]
+        counted = [(steps, seconds) for steps, seconds in intervals if 0 < seconds <= longest * steps]
+        return sum(steps for steps, _ in counted) / sum(seconds for _, seconds in counted)
 
 
 class RunFollower:

@@ -197,6 +197,16 @@ def test_the_pace_begins_anew_with_each_attempt() -> None:
     assert pace.steps_per_s == 10.0
 
 
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0, 86400.0, -86400.0])
+def test_the_pace_is_that_of_the_steps_when_the_clock_is_set(jump_s: float) -> None:
+    pace, clock = Pace(), 100.0
+    for number in range(8):
+        clock += jump_s if number == 4 else 5.0
+        steps = {"first_step": 10 * number, "last_step": 10 * number + 9}
+        pace.add(clock, Report(kind="train", domains={}, attempt=0, **steps))
+    assert pace.steps_per_s == pytest.approx(2.0)
+
+
 def test_a_line_names_a_few_losses_only(trainer: TrainerSide) -> None:
     assert change_line(RunFollower(trainer.run_dir / "journal").figures()) == (
         "step 30/200  running  policy 4  loss 2.500 [code 2.50]"
