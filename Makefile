@@ -36,7 +36,7 @@ quickstart: install  ## train a small model on real text, fed by the mixing serv
 	$(BIN)/python launch/quickstart.py --run $(RUN)
 
 test: install  ## the whole CPU suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install  ## formatting and lint
 	$(BIN)/ruff format --check .

@@ -125,7 +125,7 @@ class Leader:
         self._outbox.put(body)
 
     def flush(self) -> None:
-        """Wait until what was queued is in the journal, before a checkpoint says that these steps need not be done again.
+        """Wait until what was queued is in the journal: after a checkpoint its steps are not done again, nor reported.
 
         Training does not wait for a journal that is away: the queue stays, and is written when it comes back.
         """

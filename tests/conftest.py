@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ WORDS = {
     "colours": "red green blue black white yellow orange purple brown pink grey",
 }
 NUM_DOCUMENTS = {"letters": 160, "numbers": 80, "colours": 40}
+SLOW_MARKS = ("slow", "drill", "ray")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first: one that begins late would leave the other process without work."""
+    slow = Counter(item.path for item in items if any(item.get_closest_marker(name) for name in SLOW_MARKS))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.drills.drill_run import DrillRun, new_run
+from tests.drills.drill_run import DrillRun, Job, new_run
+from tests.drills.drill_service import Service
 from tests.drills.undisturbed import References
 
 PLANNED = (
@@ -33,3 +34,22 @@ def make_run(tiny_store: Path, tmp_path: Path) -> Iterator[Callable[..., DrillRu
     yield make
     for run in made:
         run.kill_all()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Service]]:
+    """`serve(run, job, address="local", **environment)`: the service of a run that has begun, by `mix up`.
+
+    It ends with the test.
+    """
+    services = []
+
+    def start(run: DrillRun, job: Job, address: str = "local", **environment: str) -> Service:
+        run.wait_until_begun(job)
+        services.append(service := Service(run.run_dir))
+        service.up(address, **environment)
+        return service
+
+    yield start
+    for service in services:
+        service.down()

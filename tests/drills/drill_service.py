@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,16 @@ from mixwright.data_mixing.entries import PolicyEntry
 from mixwright.data_mixing.errors import ServiceUnavailable
 from mixwright.data_mixing.journal import read_entries
 from mixwright.data_mixing.service import has_host, read_record, stop_service
-from tests.pretrain.jobs import BIN
+from tests.data_mixing.live_run import wait_until
+from tests.drills.drill_run import DrillRun, Job
+from tests.drills.undisturbed import References, assert_as_undisturbed
+from tests.pretrain.jobs import BIN, metrics
 
 Part = Literal["host", "gcs", "raylet", "controller"]
 COMMANDS = {"gcs": "gcs_server", "raylet": "raylet/raylet", "controller": "ray::ControllerActor"}
 START_TIMEOUT_S = 120.0
+STEP_S = 0.5
+"""How long each step of `slow_run` is made to last."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,9 @@ class Service:
 
     run_dir: Path
 
-    def up(self, **environment: str) -> None:
-        """`mixwright mix up` with a private Ray."""
-        command = [str(BIN / "mixwright"), "mix", "up", "--run", str(self.run_dir), "--address", "local"]
+    def up(self, address: str = "local", **environment: str) -> None:
+        """`mixwright mix up`, with a private Ray unless told otherwise."""
+        command = [str(BIN / "mixwright"), "mix", "up", "--run", str(self.run_dir), "--address", address]
         done = subprocess.run(
             command, env=os.environ | environment, capture_output=True, text=True, timeout=180, check=False
         )
@@ -119,3 +125,30 @@ class Submission:
     def give_up(self) -> None:
         self._giving_up.set()
         self._thread.join()
+
+
+def longest_step_s(run: DrillRun, first_step: int, last_step: int) -> float:
+    """The slowest of these steps, by the leader's clock."""
+    return max(r["step_seconds"] for r in metrics(run.run_dir, "step") if first_step <= r["step"] <= last_step)
+
+
+def slow_run(make_run: Callable[..., DrillRun], **changes: Any) -> DrillRun:
+    """A run of 160 steps; at STEP_S each it lasts long enough for a service to start, die and come back."""
+    return make_run(policies=(), training__num_steps=160, evaluation__every=80, **changes)
+
+
+def end(run: DrillRun, job: Job, references: References) -> None:
+    """The rest at full speed; then everything is as without the fault."""
+    assert run.last_step() < run.num_steps, "the run ended before the fault was over: it proves nothing"
+    run.speed_up()
+    job.succeed()
+    assert_as_undisturbed(run, references.of(run))
+
+
+def end_with_both(
+    run: DrillRun, job: Job, service: Service, references: References, sent: tuple[Submission, Submission]
+) -> None:
+    """`end`, once both policies are committed; each must have been journaled once."""
+    wait_until(lambda: len(run.history().commits) == 3)
+    end(run, job, references)
+    assert [len(service.policies_of(submission.request_id)) for submission in sent] == [1, 1]

@@ -6,9 +6,8 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,17 +18,15 @@ from mixwright.data_mixing.journal import read_entries
 from mixwright.data_mixing.sandbox import ALLOW_LIST
 from mixwright.data_mixing.service import has_host
 from tests.data_mixing.live_run import wait_until
-from tests.drills.drill_run import DrillRun, Job
-from tests.drills.drill_service import Part, Service, Submission
-from tests.drills.undisturbed import References, assert_as_undisturbed
-from tests.pretrain.jobs import metrics
+from tests.drills.drill_run import DrillRun
+from tests.drills.drill_service import STEP_S, Part, Service, Submission, end, end_with_both, longest_step_s, slow_run
+from tests.drills.undisturbed import References
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]
 
 MakeRun = Callable[..., DrillRun]
 LETTERS = {"kind": "static", "mixture": {"letters": 1, "numbers": 1}}
 COLOURS = {"kind": "static", "mixture": {"colours": 1}}
-STEP_S = 0.5
 HOST_GIVES_UP_S = 40.0
 """A host pings its controller every 5 s and waits 10 s for each answer, 30 s in all."""
 ONLINE = {"kind": "user", "round_steps": 10, "evaluate": False, "guard": {"timeout_s": 60, "max_l1_change": 2}}
@@ -58,22 +55,6 @@ def misbehaves(params, window, state):
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Service]]:
-    """`serve(run, job, **environment)`: the service of a run that has begun, by `mix up`; it ends with the test."""
-    services = []
-
-    def start(run: DrillRun, job: Job, **environment: str) -> Service:
-        run.wait_until_begun(job)
-        services.append(service := Service(run.run_dir))
-        service.up(**environment)
-        return service
-
-    yield start
-    for service in services:
-        service.down()
-
-
-@pytest.fixture
 def lab(tmp_path: Path) -> Path:
     """A folder with users' policies."""
     (tmp_path / "lab").mkdir()
@@ -89,33 +70,6 @@ def lab_environment(lab: Path) -> dict[str, str]:
 
 def decisions(run: DrillRun) -> list[Decision]:
     return [e.body for e in read_entries(run.run_dir / "journal") if isinstance(e.body, Decision)]
-
-
-def longest_step_s(run: DrillRun, first_step: int, last_step: int) -> float:
-    """The slowest of these steps, by the leader's clock."""
-    return max(r["step_seconds"] for r in metrics(run.run_dir, "step") if first_step <= r["step"] <= last_step)
-
-
-def slow_run(make_run: MakeRun, **changes: Any) -> DrillRun:
-    """A run of 160 steps; at STEP_S each it lasts long enough for a service to start, die and come back."""
-    return make_run(policies=(), training__num_steps=160, evaluation__every=80, **changes)
-
-
-def end(run: DrillRun, job: Job, references: References) -> None:
-    """The rest at full speed; then everything is as without the fault."""
-    assert run.last_step() < run.num_steps, "the run ended before the fault was over: it proves nothing"
-    run.speed_up()
-    job.succeed()
-    assert_as_undisturbed(run, references.of(run))
-
-
-def end_with_both(
-    run: DrillRun, job: Job, service: Service, references: References, sent: tuple[Submission, Submission]
-) -> None:
-    """`end`, once both policies are committed; each must have been journaled once."""
-    wait_until(lambda: len(run.history().commits) == 3)
-    end(run, job, references)
-    assert [len(service.policies_of(submission.request_id)) for submission in sent] == [1, 1]
 
 
 def test_the_controller_is_killed_idle_and_while_it_answers(

@@ -53,6 +53,20 @@ def test_the_leader_dies_around_a_commit(make_run: MakeRun, references: Referenc
     assert [commit.effective_step for commit in run.history().commits] == [0, 41, 85]
 
 
+def test_the_leader_dies_when_a_checkpoint_is_complete(make_run: MakeRun, references: References) -> None:
+    """SIGKILL with a checkpoint on disk that the journal does not know, while the leader's thread sleeps.
+
+    Promised: the steps before it are not done again, and the losses of each are in the journal.
+    """
+    run = make_run(mixing__service="none")
+    job = run.begin(die="checkpoint")
+    assert job.finish()[0] == -9
+    assert run.history().checkpoints[-1].step == 10
+    assert run.history().last_step == 19, "the losses of the steps up to the checkpoint"
+    assert "resuming after step 20" in run.start().succeed()
+    assert_as_undisturbed(run, references.of(run))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("moment", ["commit-due", "commit-written"])
 def test_the_leader_of_two_ranks_dies_around_a_commit(make_run: MakeRun, references: References, moment: str) -> None:
@@ -89,6 +103,28 @@ def test_one_of_two_ranks_is_killed(
     assert not psutil.pid_exists(leader.pid)
     run.start().succeed()
     assert_as_undisturbed(run, references.of(run), same_ranks=False)
+
+
+@pytest.mark.long
+def test_the_launcher_alone_is_killed(
+    make_run: MakeRun, references: References, record_property: Callable[[str, Any], None]
+) -> None:
+    """kill -9 of both processes of the deepspeed launcher; its two ranks stay behind.
+
+    Promised: they write a checkpoint and end by themselves, and the same command, given at once, waits for them.
+    """
+    run = make_run()
+    job = run.begin(2, step_s=0.2)
+    job.wait_for_step(15)
+    ranks = job.ranks()
+    for process in {process.pid: process for rank in ranks for process in rank.parents()}.values():
+        if "deepspeed" in " ".join(process.cmdline()):
+            process.kill()
+    killed = time.monotonic()
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    record_property("longest_wait_s", time.monotonic() - killed)
+    assert f"resuming after step {run.history().checkpoints[-1].step} " in run.start(2).succeed()
+    assert_as_undisturbed(run, references.of(run, 2))
 
 
 @pytest.mark.long

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import pytest
 
 from mixwright.data_mixing.entry_file import entry_numbers
 from tests.drills.drill_run import DrillRun
+from tests.drills.preloaded import build_library
 from tests.drills.undisturbed import References, assert_as_undisturbed
 
 pytestmark = pytest.mark.drill
@@ -48,13 +47,7 @@ class FailingStorage:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> FailingStorage:
-    compiler = shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("needs gcc, to build the library that makes writing fail")
-    library = tmp_path / "storage_fault.so"
-    source = Path(__file__).with_name("storage_fault.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
-    return FailingStorage(library, tmp_path / "fault")
+    return FailingStorage(build_library("storage_fault.c", tmp_path), tmp_path / "fault")
 
 
 @ERRORS
