@@ -23,6 +23,7 @@ from mixwright.data_mixing.entries import (
 )
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import JournalError, PlanMismatch, nearest
+from mixwright.data_mixing.measured import still_needed, with_report
 from mixwright.data_mixing.plan import CommittedPolicy, Plan, PlanState
 from mixwright.data_mixing.timeline import check_fits
 
@@ -171,7 +172,7 @@ class RunHistory:
         self.decisions[decision.policy_lsn] = (lsn, decision)
         if decision.policy_lsn in self.measures_from:
             self.measures_from[decision.policy_lsn] = decision.step
-        self.measured = _still_needed(self.measured, self._measured_since())
+        self.measured = still_needed(self.measured, self._measured_since(self.last_step))
 
     def _policy(self, lsn: int, policy_lsn: int) -> PolicyEntry:
         policy = self.policies.get(policy_lsn)
@@ -204,13 +205,14 @@ class RunHistory:
             del self.measures_from[root]
         if active == commit.policy_lsn:
             self.measures_from[active] = commit.effective_step
-        self.measured = _still_needed(self.measured, self._measured_since())
+        self.measured = still_needed(self.measured, self._measured_since(self.last_step))
 
     def _report(self, report: Report) -> None:
         self.reports.append(report)
-        since = self._measured_since()
+        since = self._measured_since(report.last_step)
         if since is not None and report.last_step >= since - 1:
-            self.measured = [*_before(self.measured, report), report]
+            longer = with_report(self.measured, report, len(self.genesis.domains), self._marks)
+            self.measured = still_needed(longer, since)
         if report.kind == "train":
             self.last_step = report.last_step
             # A run that was over, by an exhausted domain, and trains again has been continued.
@@ -229,9 +231,24 @@ class RunHistory:
         """Entries of the online policies that decide without being obeyed."""
         return [root for root in self.measures_from if self.policies[root].shadow]
 
-    def _measured_since(self) -> int | None:
-        """The first step whose losses an online policy still needs; None when there is no such policy."""
-        return min(self.measures_from.values(), default=None)
+    def _measured_since(self, last_step: int) -> int | None:
+        """The first step whose losses an online policy needs after `last_step`; None when there is no such policy."""
+        starts = [last_step + 1 if self._waits(root) else step for root, step in self.measures_from.items()]
+        return min(starts, default=None)
+
+    def _waits(self, root: int) -> bool:
+        """Whether an online policy's decisions are held: it measures anew from the step at which they go on."""
+        return root in self.decisions and not self.decisions[root][1].stretches
+
+    def _marks(self, since: int) -> set[int]:
+        """Boundaries that commits have set at `since` or later, also those that a later commit took away."""
+        found: set[int] = set()
+        for commit in reversed(self.commits):
+            origin = commit.policy.origin(commit.effective_step)
+            found |= {origin + mark.step for mark in commit.policy.marks}
+            if commit.effective_step <= since:
+                break
+        return found
 
     @property
     def num_commits(self) -> int:
@@ -305,15 +322,6 @@ class RunHistory:
         return history
 
 
-def _before(measured: list[Report], report: Report) -> list[Report]:
-    """What remains true of `measured` when `report` comes: a run that was resumed does steps again."""
-    return [known for known in measured if known.kind != report.kind or known.last_step < report.first_step]
-
-
-def _still_needed(measured: list[Report], since: int | None) -> list[Report]:
-    return [] if since is None else [report for report in measured if report.last_step >= since - 1]
-
-
 def _plan_from(state: HistoryState, commits: Sequence[CommittedPolicy]) -> Plan:
     cursor_G, credit_G = np.array(state.cursors, np.int64), np.array(state.credits, np.int64)
     known = PlanState(commits[-1].effective_step, cursor_G, credit_G, np.zeros(len(cursor_G), np.bool_))
@@ -327,6 +335,6 @@ def check_digest(plan: Plan, record: CommitRecord) -> None:
     derived = plan.state_digest(record.effective_step)
     if derived != record.plan_digest:
         raise PlanMismatch(
-            f"the commit of policy {record.policy_lsn} at step {record.effective_step} recorded plan state "
+            f"the COMMIT entry of policy {record.policy_lsn} at step {record.effective_step} recorded plan state "
             f"{record.plan_digest[:12]!r}, but this installation derives {derived[:12]!r}: it would read other rows"
         )

@@ -15,6 +15,7 @@ from mixwright.data_mixing.arms import Arms, arms_of
 from mixwright.data_mixing.decide import Decided, decide, first_stretches
 from mixwright.data_mixing.entries import Decision, DomainLoss, Genesis, Mark, PolicyEntry, Report, Segment
 from mixwright.data_mixing.history import RunHistory
+from mixwright.data_mixing.measured import add_up, mean_learning_rate
 from mixwright.data_mixing.mixture import segments
 from mixwright.data_mixing.online import Interval, Losses, OnlineDocument, OnlineKind, Stretch, Window
 from mixwright.data_mixing.permutation import mix_key
@@ -174,8 +175,7 @@ def _interval(
 ) -> Interval:
     """Steps [first, end), given the training reports of them."""
     arms, plan = round_.arms, history.plan()
-    sums = _add_up(reports)
-    rates = [r.learning_rate for r in reports if r.learning_rate is not None]
+    sums = add_up(reports)
     return Interval(
         first_step=first,
         last_step=end - 1,
@@ -184,7 +184,7 @@ def _interval(
         after=round_.mean_losses(_validation(history, end)),
         train_loss=round_.mean_losses(sums),
         train_tokens=arms.sum(round_.column(sums, "num_tokens")),
-        learning_rate=sum(rates) / len(rates) if rates else None,
+        learning_rate=mean_learning_rate(reports),
         is_perturbation=is_perturbation,
     )
 
@@ -193,21 +193,3 @@ def _validation(history: RunHistory, step: int) -> Mapping[str, DomainLoss]:
     """Validation sums by domain at the boundary before `step`; empty where there was none."""
     found = (r.domains for r in reversed(history.measured) if r.kind == "validation" and r.last_step == step - 1)
     return next(found, {})
-
-
-def _add_up(reports: Sequence[Report]) -> dict[str, DomainLoss]:
-    """Sums over several reports, by domain."""
-    total: dict[str, DomainLoss] = {}
-    for name, loss in itertools.chain.from_iterable(report.domains.items() for report in reports):
-        known = total.get(name)
-        total[name] = loss if known is None else _sum(known, loss)
-    return total
-
-
-def _sum(one: DomainLoss, other: DomainLoss) -> DomainLoss:
-    return DomainLoss(
-        loss_sum=one.loss_sum + other.loss_sum,
-        loss_square_sum=one.loss_square_sum + other.loss_square_sum,
-        num_tokens=one.num_tokens + other.num_tokens,
-        num_rows=one.num_rows + other.num_rows,
-    )

@@ -1,9 +1,13 @@
 """Two hours of a run at a high rate: `python -m tests.benchmarks.soak [--hours 2]` (`make soak`).
 
 Leader, feeder, journal and metrics are real and in this process; losses come from a formula, so that a step takes
-milliseconds. The controller is the actor of a private Ray, decides an online policy all the time, and is asked and
-given policies meanwhile. Memory is looked at in each process; a slope is told with its standard error, over the second
-half, because caches and pools of memory fill in the first.
+milliseconds. The controller is the actor of a private Ray; it decides an online policy, and is asked and given policies
+meanwhile. Memory is what each process has of its own (RssAnon): pages of the token store that it has read are the
+kernel's cache and are told apart.
+
+A history keeps every policy, because it is the record; nothing else may grow. So that the two can be told apart,
+decisions are held in every other phase, and memory after a warm-up is fitted by `start + hours * slope + commits *
+size`. The slope must be shown to be below its limit, which is stated: exit status 1 when it is not.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.answers import Answer
 from mixwright.data_mixing.entries import DomainLoss, Genesis, Report
 from mixwright.data_mixing.feeder import Feeder
+from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Journal, verify
 from mixwright.data_mixing.leader import Leader, open_run
 from mixwright.data_mixing.run_token import find_token
@@ -39,19 +44,46 @@ ROWS, REPORT_EVERY, STEPS_PER_SECOND = 32, 10, 100
 SUBMIT_EVERY_S, SAMPLE_EVERY_S = 60.0, 10.0
 NUM_ROWS = {f"domain-{i}": 2000 * (i + 1) for i in range(6)}
 ONLINE = {"kind": "odm", "round_steps": 500, "decide": "bridge"}
+PROCESSES = ("trainer", "controller", "host")
+WARM_UP, NUM_PHASES = 0.2, 16
+MAX_MIB_AN_HOUR = 4.0
+"""At 100 steps a second: 12 bytes a step, which a run of a million steps would not notice."""
+MAX_KB_A_COMMIT = 32.0
+MAX_GROWTH_OF_RATES = 1.1
+"""Bytes of journal and metrics a step, of the second half to the first."""
+Z_95 = 1.96
 
 
 @dataclass
 class Sample:
-    """What is seen at an instant: MiB of the processes, MB of the files, steps done."""
+    """What is seen at an instant: MiB of each process of its own, MiB of mapped files, MB on disk, steps, commits."""
 
     seconds: float
     step: int
-    trainer_mib: float
-    controller_mib: float
-    host_mib: float
+    num_commits: int
+    mib: dict[str, float]
+    trainer_files_mib: float
     journal_mb: float
+    metrics_mb: float
     num_entries: int
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Memory of a process: MiB an hour and kB a commit, each with its 95 % confidence."""
+
+    slope: float
+    slope_error: float
+    commit_kb: float
+    commit_kb_error: float
+
+    @property
+    def verdict(self) -> str:
+        """`flat` is shown, `GROWS` is shown, or neither."""
+        if self.slope - self.slope_error > MAX_MIB_AN_HOUR or self.commit_kb - self.commit_kb_error > MAX_KB_A_COMMIT:
+            return "GROWS"
+        is_flat = self.slope + self.slope_error <= MAX_MIB_AN_HOUR
+        return "flat" if is_flat else "NOT SHOWN to be flat: too short or too noisy"
 
 
 @dataclass
@@ -62,14 +94,19 @@ class Soak:
     genesis: Genesis
     service: Service
     samples: list[Sample] = field(default_factory=list)
-    latency_ms: dict[str, list[float]] = field(default_factory=lambda: {"ping": [], "status": [], "submit": []})
+    latency_ms: dict[str, list[float]] = field(
+        default_factory=lambda: {"ping": [], "status": [], "submit": [], "pause": []}
+    )
 
-    def take_sample(self, began: float, step: int) -> None:
+    def take_sample(self, began: float, step: int, num_commits: int) -> None:
         """Add one."""
-        files = [entry.stat().st_size for entry in os.scandir(self.run_dir / "journal") if entry.is_file()]
+        # Entries alone: a temporary file may be gone between the listing and the question.
+        files = [entry.stat().st_size for entry in os.scandir(self.run_dir / "journal") if entry.name.endswith(".json")]
+        parts = {"trainer": psutil.Process(), **{p: self.service.part(p) for p in ("controller", "host")}}
         self.samples.append(Sample(
-            time.monotonic() - began, step, _mib(psutil.Process()), _mib(self.service.part("controller")),
-            _mib(self.service.part("host")), sum(files) / 1e6, len(files),
+            time.monotonic() - began, step, num_commits, {name: _mib(part, "RssAnon") for name, part in parts.items()},
+            _mib(parts["trainer"], "RssFile"), sum(files) / 1e6,
+            (self.run_dir / "metrics.jsonl").stat().st_size / 1e6, len(files),
         ))  # fmt: skip
 
     def ask(self, actor: Any, verb: str, **arguments: Any) -> Answer:
@@ -82,8 +119,12 @@ class Soak:
         return answer
 
 
-def _mib(process: psutil.Process | None) -> float:
-    return float("nan") if process is None else process.memory_info().rss / 2**20
+def _mib(process: psutil.Process | None, field: str) -> float:
+    """One figure of a process's memory; NaN when it is gone."""
+    if process is None:
+        return float("nan")
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def losses(genesis: Genesis, step: int) -> dict[str, DomainLoss]:
@@ -109,8 +150,10 @@ def attached_actor(run_dir: Path) -> Iterator[Any]:
     from mixwright.data_mixing.controller import attach_ray, find_controller
 
     attach_ray(record.address, 60.0)
-    yield find_controller(record.actor)
-    ray.shutdown()
+    try:
+        yield find_controller(record.actor)
+    finally:
+        ray.shutdown()  # or Ray's own hook hides what went wrong: it asks the service, which is down by then
 
 
 def soak(run: Soak, store: TokenStore, hours: float) -> None:
@@ -125,70 +168,118 @@ def soak(run: Soak, store: TokenStore, hours: float) -> None:
         Feeder(run.run_dir / "journal", store, rank=0, num_ranks=1, start_step=0, prefetch_steps=2) as feeder,
         (run.run_dir / "metrics.jsonl").open("w") as metrics,
     ):
-        _steps(run, leader, feeder, actor, metrics, hours * 3600)
+        trainer = Trainer(run, history, leader, feeder, metrics)
+        _go(run, trainer, actor, hours * 3600)
 
 
-def _steps(run: Soak, leader: Leader, feeder: Feeder, actor: Any, metrics: Any, seconds: float) -> None:
-    began = time.monotonic()
-    next_sample, next_submit, step = 0.0, SUBMIT_EVERY_S, 0
-    while (now := time.monotonic() - began) < seconds:
-        leader.begin_step(step)
-        announced = leader.announced_lsn
-        rows = feeder.next()
-        metrics.write(json.dumps({"kind": "step", "step": step + 1, "digest": f"{rows.digest:016x}"}) + "\n")
-        if (step + 1) % REPORT_EVERY == 0:
-            leader.write(Report(
-                kind="train", first_step=step + 1 - REPORT_EVERY, last_step=step, attempt=0, learning_rate=1e-3,
-                domains=losses(run.genesis, step),
+@dataclass
+class Trainer:
+    """What rank 0 of a job does in a step, without a model."""
+
+    run: Soak
+    history: RunHistory
+    leader: Leader
+    feeder: Feeder
+    metrics: Any
+    step: int = 0
+    reported: int = 0
+
+    def take_step(self) -> None:
+        """Read the rows of a step, log it, report when that is due: now and then, and at every mark of the policy."""
+        self.leader.begin_step(self.step)
+        announced = self.leader.announced_lsn
+        rows = self.feeder.next()
+        self.metrics.write(json.dumps({"kind": "step", "step": self.step + 1, "digest": f"{rows.digest:016x}"}) + "\n")
+        if self.step + 1 - self.reported >= REPORT_EVERY or self.feeder.plan.mark(self.step + 1):
+            self.leader.write(Report(
+                kind="train", first_step=self.reported, last_step=self.step, attempt=0, learning_rate=1e-3,
+                domains=losses(self.run.genesis, self.step),
             ))  # fmt: skip
-        feeder.follow(announced)
-        step += 1
+            self.reported = self.step + 1
+        self.feeder.follow(announced)
+        self.step += 1
+
+
+def _go(run: Soak, trainer: Trainer, actor: Any, seconds: float) -> None:
+    token, phase_s = find_token(run.run_dir), seconds / NUM_PHASES
+    began = time.monotonic()
+    next_sample, next_submit, phase = 0.0, SUBMIT_EVERY_S, 0
+    while (now := time.monotonic() - began) < seconds:
+        trainer.take_step()
         if now >= next_sample:
             next_sample += SAMPLE_EVERY_S
-            run.take_sample(began, step)
+            trainer.metrics.flush()
+            run.take_sample(began, trainer.step, trainer.history.num_commits)
             run.ask(actor, "ping")
             run.ask(actor, "status")
         if now >= next_submit:
             next_submit += SUBMIT_EVERY_S
-            run.ask(actor, "submit", document=ONLINE, request_id=f"soak-{step}", token=find_token(run.run_dir))
-        time.sleep(max(began + step / STEPS_PER_SECOND - time.monotonic(), 0))
+            run.ask(actor, "submit", document=ONLINE, request_id=f"soak-{trainer.step}", token=token)
+        if now >= (phase + 1) * phase_s:
+            phase += 1
+            run.ask(actor, "pause", held=phase % 2 == 1, request_id=f"phase-{phase}", token=token)
+        time.sleep(max(began + trainer.step / STEPS_PER_SECOND - time.monotonic(), 0))
 
 
-def slope(samples: Sequence[Sample], name: str) -> tuple[float, float]:
-    """MiB an hour and its standard error, by least squares over the second half."""
-    half = samples[len(samples) // 2 :]
-    hours = np.array([sample.seconds / 3600 for sample in half])
-    mib = np.array([getattr(sample, name) for sample in half])
-    rate, start = np.polyfit(hours, mib, 1)
-    residual = float(np.square(mib - rate * hours - start).sum() / max(len(half) - 2, 1))
-    return float(rate), float(np.sqrt(residual / np.square(hours - hours.mean()).sum()))
+def growth(samples: Sequence[Sample], process: str) -> Growth:
+    """Least squares over the samples; their errors are correlated in time, which widens the confidence (AR(1))."""
+    mib = np.array([sample.mib[process] for sample in samples])
+    table = np.array([[1.0, sample.seconds / 3600, sample.num_commits] for sample in samples])
+    found, *_ = np.linalg.lstsq(table, mib, rcond=None)
+    residual = mib - table @ found
+    correlation = float(np.clip((residual[1:] * residual[:-1]).sum() / np.square(residual).sum(), 0, 0.99))
+    variance = float(np.square(residual).sum()) / max(len(mib) - 3, 1) * (1 + correlation) / (1 - correlation)
+    error = Z_95 * np.sqrt(np.diag(np.linalg.pinv(table.T @ table)) * variance)
+    kb = 2**20 / 1e3
+    return Growth(float(found[1]), float(error[1]), float(found[2]) * kb, float(error[2]) * kb)
 
 
-def show(run: Soak) -> None:
-    """Print what was measured."""
+def show(run: Soak) -> bool:
+    """Print what was measured; whether memory and files are within their limits."""
     first, last = run.samples[0], run.samples[-1]
-    print(f"\n{last.step:,} steps in {last.seconds / 60:.0f} min, {last.num_entries:,} entries of the journal")
-    for name in ("trainer_mib", "controller_mib", "host_mib"):
-        rate, error = slope(run.samples, name)
-        grown = f"{getattr(first, name):8.1f} to {getattr(last, name):.1f} MiB"
-        a_step = rate / (3600 * last.step / last.seconds) * 2**20
-        slope_told = f"{rate:+.2f} +- {error:.2f} MiB an hour, {a_step:+.1f} bytes a step"
-        print(f"  {name.removesuffix('_mib'):<11}{grown}; second half {slope_told}")
     middle = run.samples[len(run.samples) // 2]
-    for what, part in (("first", (first, middle)), ("second", (middle, last))):
-        grown, steps = (part[1].journal_mb - part[0].journal_mb) * 1e6, part[1].step - part[0].step
-        print(f"  journal, {what} half: {grown / max(steps, 1):.0f} bytes a step")
-    metrics = (run.run_dir / "metrics.jsonl").stat().st_size
-    print(f"  metrics: {metrics / last.step:.0f} bytes a step")
+    rate = last.step / last.seconds
+    print(f"\n{last.step:,} steps in {last.seconds / 60:.0f} min ({rate:.0f} a second), "
+          f"{last.num_entries:,} entries of the journal, {last.num_commits:,} commits")  # fmt: skip
+    settled = [sample for sample in run.samples if sample.seconds >= WARM_UP * last.seconds]
+    print(f"memory of its own, after {WARM_UP:.0%} of the time; at most {MAX_MIB_AN_HOUR:g} MiB an hour beside "
+          f"{MAX_KB_A_COMMIT:g} kB a commit, +- is 95 % confidence")  # fmt: skip
+    verdicts = [show_growth(process, first, last, growth(settled, process), rate) for process in PROCESSES]
+    print(f"  token store's pages in the trainer: {first.trainer_files_mib:.1f} to {last.trainer_files_mib:.1f} MiB")
+    bounded = [show_rate(what, first, middle, last) for what in ("journal", "metrics")]
     for verb, taken in run.latency_ms.items():
-        p50, p99 = np.percentile(taken, [50, 99]) if taken else (np.nan, np.nan)
-        print(f"  controller, {verb}: p50 {p50:.1f} ms, p99 {p99:.1f} ms, worst {max(taken, default=np.nan):.1f} ms")
+        p50, p95, p99 = np.percentile(taken, [50, 95, 99]) if taken else (np.nan, np.nan, np.nan)
+        worst = max(taken, default=np.nan)
+        print(f"  controller, {verb}: p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f}, worst {worst:.1f} ms ({len(taken)})")
+    return all(verdict == "flat" for verdict in verdicts) and all(bounded)
+
+
+def show_growth(process: str, first: Sample, last: Sample, found: Growth, rate: float) -> str:
+    """One line, and its verdict."""
+    a_step = found.slope * 2**20 / 3600 / rate
+    print(f"  {process:<11}{first.mib[process]:7.1f} to {last.mib[process]:.1f} MiB; "
+          f"{found.slope:+.2f} +- {found.slope_error:.2f} MiB an hour ({a_step:+.1f} bytes a step), "
+          f"{found.commit_kb:.1f} +- {found.commit_kb_error:.1f} kB a commit: {found.verdict}")  # fmt: skip
+    return found.verdict
+
+
+def show_rate(what: str, first: Sample, middle: Sample, last: Sample) -> bool:
+    """Bytes a step of the run's files, in its halves; whether they are the same."""
+    rates = []
+    for begin, end in ((first, middle), (middle, last)):
+        grown = getattr(end, f"{what}_mb") - getattr(begin, f"{what}_mb")
+        rates.append(1e6 * grown / max(end.step - begin.step, 1))
+    is_bounded = rates[1] <= MAX_GROWTH_OF_RATES * rates[0]
+    verdict = "bounded" if is_bounded else f"GROWS: at most {MAX_GROWTH_OF_RATES:g} times as much is expected"
+    print(f"  {what}: {rates[0]:.0f} bytes a step in the first half, {rates[1]:.0f} in the second: {verdict}")
+    return is_bounded
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=2.0)
-    hours = parser.parse_args().hours
+    parser.add_argument("--samples", type=Path, help="write every sample to this file, a line of JSON each")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         store = TokenStore.open(
@@ -201,12 +292,15 @@ def main() -> None:
         service = Service(folder / "soak")
         run = Soak(service.run_dir, genesis, service)
         try:
-            soak(run, store, hours)
+            soak(run, store, arguments.hours)
         finally:
             service.down()
-        show(run)
+            if arguments.samples:
+                arguments.samples.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in run.samples))
+        is_within_limits = show(run)
         verify(service.run_dir / "journal")
         print("  the journal's audit finds nothing")
+    raise SystemExit(0 if is_within_limits else 1)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_a_history_told_anew_plans_the_same(tmp_path: Path) -> None:
 
 def test_a_commit_whose_fingerprint_is_not_derived_here_stops_the_run() -> None:
     history = told(policy([1, 1, 1]), committed(1, 0, "feed" * 16))
-    with pytest.raises(PlanMismatch, match=r"the commit of policy 1 at step 0 recorded plan state 'feedfeedfeed', but"):
+    with pytest.raises(PlanMismatch, match="entry of policy 1 at step 0 recorded plan state 'feedfeedfeed', but"):
         history.plan()
 
 
@@ -203,7 +203,7 @@ def test_a_state_of_the_run_before_its_first_commit_works_too() -> None:
 def test_a_state_with_a_wrong_plan_is_refused(tmp_path: Path, field: str) -> None:
     state = committed_run(tmp_path, 5)[1].state()
     values = getattr(state, field)
-    with pytest.raises(PlanMismatch, match="the commit of policy 9 at step 12 recorded plan state"):
+    with pytest.raises(PlanMismatch, match="the COMMIT entry of policy 9 at step 12 recorded plan state"):
         RunHistory.from_state(state.model_copy(update={field: (values[0] + 1, *values[1:])}))
 
 

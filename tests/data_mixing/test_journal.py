@@ -283,7 +283,7 @@ def test_the_audit_derives_every_commit_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "leader")
     lsn = journal.append(policy([3, 1, 1])).lsn
     journal.append(Commit(policy_lsn=lsn, effective_step=40, plan_digest="0" * 64))
-    with pytest.raises(PlanMismatch, match=r"00000014.json: the commit of policy 13 at step 40 recorded plan state"):
+    with pytest.raises(PlanMismatch, match=r"00000014.json: the COMMIT entry of policy 13 at step 40 recorded"):
         verify(tmp_path)
 
 
