@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -10,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from mixwright.data_mixing.answers import one_line
 from mixwright.data_mixing.errors import ConfigError, MixingError, ServiceUnavailable
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.launch.dashboard import compare, submission
 from mixwright.launch.dashboard.commit_detail import commit_detail, entry_detail
 from mixwright.launch.dashboard.guard import Guard, Refused, check_writer
@@ -31,6 +32,8 @@ MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; cha
 logger = logging.getLogger(__name__)
 
 FOLLOW_INTERVAL_S = 0.5
+NUM_THREADS = 4
+"""That answer requests. Panels of a run are built one at a time; each thread keeps memory for the largest of them."""
 COUNT_EVERY = 50
 MAX_EVENTS_PER_PAGE = 200
 
@@ -52,10 +55,11 @@ def create_app(run_dirs: Sequence[Path], *, host: str = "127.0.0.1", token: str 
 
 
 def _following(views: Sequence[RunView]) -> Callable[[FastAPI], Any]:
-    """The runs' files are followed by one thread for as long as the application runs."""
+    """The runs' files are followed by one thread for as long as the application runs; few others answer."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        current_default_thread_limiter().total_tokens = NUM_THREADS
         stopping = threading.Event()
         thread = threading.Thread(target=follow, args=(views, stopping), name="follow", daemon=True)
         thread.start()
@@ -197,8 +201,8 @@ def _add_submission(app: FastAPI, views: Sequence[RunView], token: str | None) -
         check_writer(request.scope, token)
         body = await request.body()
         try:
-            tree = json.loads(body)
-        except (ValueError, RecursionError) as error:
+            tree = parse_json(body, strict=True)
+        except ValueError as error:
             raise ConfigError(f"request: not valid JSON: {one_line(error)}") from None
         return submission.read_submission(tree)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixwright.data_mixing.errors import ConfigError
+from mixwright.launch.dashboard.memory import give_memory_back
 from mixwright.launch.json_output import print_json
 from mixwright.launch.mix_options import AsJson
 
@@ -38,6 +39,7 @@ def dashboard(
     as_json: AsJson = False,
 ) -> None:
     """Show runs in a browser, live or afterwards, from their journals and metrics alone. Several are compared."""
+    give_memory_back()
     run_dirs = _run_dirs(runs or [])
     try:
         import uvicorn

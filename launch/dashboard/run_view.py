@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -121,8 +122,13 @@ def tag_of(version: Version) -> str:
 
 
 def encode(tree: Any) -> bytes:
-    """JSON in which no text holds a character that a page would obey or not show."""
-    return json.dumps(shown(tree), separators=(",", ":"), allow_nan=False).encode()
+    """JSON in which no text holds a character that a page would obey or not show; null for numbers that JSON lacks."""
+    tree = shown(tree)
+    try:
+        text = json.dumps(tree, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(tree), separators=(",", ":"), allow_nan=False)
+    return text.encode()
 
 
 def shown(tree: Any) -> Any:
@@ -134,6 +140,15 @@ def shown(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return [shown(value) for value in tree] if any(map(_has_text, tree)) else tree
     return tree
+
+
+def _finite(tree: Any) -> Any:
+    """The tree with None for NaN and infinity, which figures that others wrote may hold."""
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    return [_finite(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def _line(text: str) -> str:

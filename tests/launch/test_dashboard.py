@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from mixwright.data_mixing.acceptance import accept
@@ -15,7 +17,7 @@ from mixwright.data_mixing.entries import Report
 from mixwright.data_mixing.journal import read_entries
 from mixwright.data_mixing.store import TokenStore
 from mixwright.launch import cli
-from mixwright.launch.dashboard.app import follow
+from mixwright.launch.dashboard.app import NUM_THREADS, follow
 from mixwright.launch.dashboard.inspector import Inspector
 from mixwright.launch.dashboard.panels import PANELS
 from mixwright.launch.dashboard.run_view import RunView
@@ -336,3 +338,12 @@ def test_a_hostile_reason_is_in_the_answers_as_text_alone(site: Dashboard) -> No
     assert any(PWN in text for text in texts)
     assert not any(character in text for text in texts for character in "\x1b\u202e\u200f")
     assert HOSTILE.split(" ", 1)[0] in json.dumps(page, ensure_ascii=False).replace('\\"', '"')
+
+
+def test_many_requests_at_once_are_answered_by_few_threads(site: Dashboard) -> None:
+    server = psutil.Process(site.process.pid)
+    before = server.num_threads()
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda _: site.ask("/api/compare")[0], range(200)))
+    assert answers == [200] * 200
+    assert server.num_threads() <= before + NUM_THREADS

@@ -239,6 +239,8 @@ def test_an_oversized_request_is_refused_announced_or_not(site: Dashboard) -> No
 SENSELESS = [
     (b"{", "not valid JSON"),
     (b"[" * 100_000, "not valid JSON"),
+    (b'{"document": {"kind": "static", "mixture": {"code": NaN}}}', "NaN is no JSON"),
+    (b'{"document": {"kind": "static", "mixture": {"code": 1, "code": 2}}}', "key 'code' occurs twice"),
     (b"[]", "expected an object"),
     (b"{}", "document: required key is missing"),
     (b'{"document": "kind: static", "token": "x"}', "token: unknown key"),
