@@ -24,6 +24,7 @@ from mixwright.data_mixing.entries import Cancel, Pause, PolicyEntry, Reject
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import PolicyRejected, ServiceUnavailable
 from mixwright.data_mixing.journal import read_entries
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.policy import plain_mapping, read_text
 from mixwright.data_mixing.run_token import GUARDED_VERBS, find_token
 from mixwright.data_mixing.service import POLL_INTERVAL_S, ServiceRecord, has_host, read_record, service_status
@@ -167,7 +168,7 @@ def _in_own_process(request: Mapping[str, Any], timeout_s: float) -> Answer:
     finally:
         _kill(process)
     try:
-        answer: Answer = json.loads(output)
+        answer: Answer = parse_json(output)
     except ValueError:
         last = next((line for line in reversed(log.splitlines()) if line.strip()), "it said nothing")
         raise ServiceUnavailable(

@@ -21,6 +21,9 @@ class StrictModel(BaseModel):
 
 Model = TypeVar("Model", bound=BaseModel)
 
+MAX_MISTAKES = 40
+"""Of one document that are told one by one: a refusal is kept in the journal and read by people."""
+
 
 def load_config(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     """Read `path` as `model`, with `key.sub=value` overrides applied first.
@@ -85,8 +88,9 @@ def validate(model: type[Model], tree: Mapping[str, Any], origin: str) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{origin}: {_describe(model, item)}" for item in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        lines = list(dict.fromkeys(f"{origin}: {_describe(model, item)}" for item in error.errors()))
+        further = [f"{origin}: {len(lines) - MAX_MISTAKES} further mistakes"] if len(lines) > MAX_MISTAKES else []
+        raise ConfigError("\n".join(lines[:MAX_MISTAKES] + further)) from None
 
 
 def _describe(model: type[BaseModel], item: Any) -> str:

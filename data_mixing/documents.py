@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import gzip
-import json
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from mixwright.data_mixing.errors import DataError, nearest
 from mixwright.data_mixing.hub import read_dataset_rows
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.units import Unit
 
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -118,10 +118,10 @@ def _parse_line(line: bytes, text_field: str) -> str | BadDocument | None:
     if not line.strip():
         return None
     try:
-        record = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+        record = parse_json(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return _undecodable("", error)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return BadDocument("", f"not a JSON value: {error}")
     if not isinstance(record, dict):
         return BadDocument("", f"expected a JSON object, found {type(record).__name__}")
@@ -177,7 +177,7 @@ def _read_docstrings(unit: Unit) -> Iterator[str | BadDocument]:
             tree = ast.parse(_read_bytes(unit.path))
     except SyntaxError as error:
         yield BadDocument(unit.at((error.lineno or 1) - 1), f"not valid Python: {error.msg}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         yield BadDocument(str(unit.path), f"not valid Python: {error}")
     except _BROKEN_GZIP as error:
         yield BadDocument(str(unit.path), f"broken gzip file: {error}")

@@ -29,6 +29,8 @@ from mixwright.data_mixing.loss_weighting import LossWeighting
 
 PROPORTION_TOTAL = 1 << 31
 """Mixtures are stored as integers with this sum, so that the plan is exact integer arithmetic."""
+MAX_COUNT = 1 << 62
+"""Counts are below it, so that they fit into int64, and a product of two into a float."""
 
 
 class Genesis(StrictModel):
@@ -37,9 +39,9 @@ class Genesis(StrictModel):
     run: str
     seed: int = Field(ge=0, lt=1 << 63)
     plan_version: Literal[1] = 1
-    sequence_length: int = Field(gt=0)
-    rows_per_step: int = Field(gt=0)
-    num_steps: int = Field(gt=0)
+    sequence_length: int = Field(gt=0, lt=MAX_COUNT)
+    rows_per_step: int = Field(gt=0, lt=MAX_COUNT)
+    num_steps: int = Field(gt=0, lt=MAX_COUNT)
     store_fingerprint: str
     domains: tuple[Domain, ...] = Field(min_length=1)
 
@@ -145,7 +147,7 @@ class Commit(StrictModel):
     """
 
     policy_lsn: int = Field(ge=0)
-    effective_step: int = Field(ge=0)
+    effective_step: int = Field(ge=0, lt=MAX_COUNT)
     plan_digest: str
 
 
@@ -158,7 +160,7 @@ class Decision(StrictModel):
     """
 
     policy_lsn: int = Field(ge=0)
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=MAX_COUNT)
     decision: int = Field(ge=0)
     window: dict[str, Any]
     state: dict[str, Any]
@@ -174,7 +176,7 @@ class Pass(StrictModel):
     """No decision came in time at the boundary before `step`: policy `policy_lsn` goes on with its last mixture."""
 
     policy_lsn: int = Field(ge=0)
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=MAX_COUNT)
     reason: str
 
 
@@ -192,8 +194,8 @@ class DomainLoss(StrictModel):
 
     loss_sum: float
     loss_square_sum: float
-    num_tokens: int = Field(ge=0)
-    num_rows: int = Field(ge=0)
+    num_tokens: int = Field(ge=0, lt=MAX_COUNT)
+    num_rows: int = Field(ge=0, lt=MAX_COUNT)
 
 
 class Report(StrictModel):
@@ -205,8 +207,8 @@ class Report(StrictModel):
     """
 
     kind: Literal["train", "validation"]
-    first_step: int = Field(ge=-1)
-    last_step: int = Field(ge=-1)
+    first_step: int = Field(ge=-1, lt=MAX_COUNT)
+    last_step: int = Field(ge=-1, lt=MAX_COUNT)
     domains: dict[str, DomainLoss]
     digest: str = ""
     attempt: int = Field(ge=0)
@@ -216,7 +218,7 @@ class Report(StrictModel):
 class Checkpoint(StrictModel):
     """A checkpoint after `step` optimizer steps; `tag` is its folder, `digest` the run digest up to it."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=MAX_COUNT)
     tag: str
     digest: str
 
@@ -232,7 +234,7 @@ class Lease(StrictModel):
 class End(StrictModel):
     """The run is over after `step` steps."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=MAX_COUNT)
     reason: Literal["complete", "exhausted"]
     digest: str
 

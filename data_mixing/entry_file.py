@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ def _decode(path: Path, raw: bytes) -> Entry:
         tree = parse_json(payload)
         lsn, entry_type, body = int(tree["lsn"]), str(tree["type"]), tree["body"]
         writer, clock, prev = str(tree["writer"]), float(tree["time"]), str(tree["prev"])
+        if not math.isfinite(clock):
+            raise ValueError(f"time {clock} is no time")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise JournalError(f"{path}: is not a journal entry: {error!r}") from None
     return Entry(lsn, entry_type, _body(path, entry_type, body), writer, clock, prev, recorded)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from mixwright.data_mixing.answers import unpack
 from mixwright.data_mixing.errors import MixingError, ServiceUnavailable, StoreChanged
 from mixwright.data_mixing.manifest import MANIFEST, read_manifest
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.store import TokenStore
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,11 @@ class Line:
 
     def _answer(self) -> dict[str, Any]:
         try:
-            return unpack(json.loads(self._receive()))
+            return unpack(parse_json(self._receive()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServiceUnavailable(
+                f"the feed agent of this node gave no answer of ours ({error!r}): {REMEDY}"
+            ) from None
         except ServiceUnavailable as error:
             raise ServiceUnavailable(str(error) if REMEDY in str(error) else f"{error}: {REMEDY}") from None
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.domain import Cap
@@ -40,7 +40,7 @@ class SplitCounts(StrictModel):
     num_documents: int = Field(ge=0)
     num_bytes: int = Field(ge=0)
     num_tokens: int = Field(ge=0)
-    num_rows: int = Field(ge=0)
+    num_rows: int = Field(ge=0, lt=1 << 62)
     num_tail_tokens: int = Field(ge=0)
     files: tuple[RowFile, ...] = ()
 
@@ -65,6 +65,14 @@ class DomainManifest(StrictModel):
     splits: dict[Split, SplitCounts]
     dropped: Dropped
 
+    @field_validator("splits")
+    @classmethod
+    def _has_all(cls, splits: dict[Split, SplitCounts]) -> dict[Split, SplitCounts]:
+        missing = [name for name in SPLITS if name not in splits]
+        if missing:
+            raise ValueError(f"split {missing[0]!r} is missing")
+        return splits
+
 
 class Manifest(StrictModel):
     """A token store. `fingerprint` covers everything that determines the rows of every split.
@@ -77,7 +85,7 @@ class Manifest(StrictModel):
     fingerprint: str
     sequence_length: int = Field(gt=0)
     dtype: Literal["uint16", "uint32"]
-    rows_per_file: int = Field(gt=0)
+    rows_per_file: int = Field(gt=0, lt=1 << 62)
     vocab_size: int = Field(gt=0)
     eos_id: int = Field(ge=0)
     tokenizer_hash: str

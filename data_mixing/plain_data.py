@@ -23,12 +23,22 @@ _SECRET_KEY = re.compile(r"(.*[_-])?(api_?key|password|passwd|secret|(access|aut
 _SECRET_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s:]*:[^/@\s]+@", re.IGNORECASE)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The JSON value; raises ValueError."""
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+    """The JSON value; raises ValueError. `strict` refuses NaN and infinities too, and a key that occurs twice."""
     try:
+        if strict:
+            return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_json_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; raises OSError, or ValueError for anything else."""
+    tree = parse_json(path.read_bytes(), strict=strict)
+    if not isinstance(tree, dict):
+        raise ValueError(f"expected a JSON object, found {type(tree).__name__}")
+    return tree
 
 
 def parse_yaml(text: str) -> Any:
@@ -80,6 +90,20 @@ def secret_in(tree: Any) -> str | None:
         elif isinstance(value, str) and _SECRET_URL.match(value):
             return "(URL)"
     return None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these members; of a key that occurs twice one value would be lost without a word."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice[:80]!r} occurs twice")
+    return tree
 
 
 def _construct(loader: yaml.SafeLoader) -> Any:

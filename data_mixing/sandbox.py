@@ -65,9 +65,11 @@ def ask(path: str, arguments: Mapping[str, Any], timeout_s: float, memory_mib: i
 def _answer(path: str, code: int, output: str, log: str) -> Any:
     try:
         answer = json.loads(output[:MAX_ANSWER_CHARACTERS])
-    except ValueError:
+    except (ValueError, RecursionError):
         last = next((line for line in reversed(log.splitlines()) if line.strip()), "it said nothing")
         raise UserCodeError(f"{path} ended with code {code}: {last[:300]}") from None
+    if not isinstance(answer, dict) or not answer.keys() & {"ok", "error"}:
+        raise UserCodeError(f"{path} wrote something else where its answer belongs: {output[:300]!r}")
     if "error" in answer:
         raise UserCodeError(f"{path}: {answer['error']}")
     return answer["ok"]

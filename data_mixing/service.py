@@ -327,7 +327,7 @@ def _identity(pid: int) -> dict[str, int | str]:
 def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that no process can have comes from a damaged file
         return False
     except PermissionError:
         return True

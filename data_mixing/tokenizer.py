@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mixwright.data_mixing.corpora import TokenizerSource
 from mixwright.data_mixing.errors import DataError, nearest
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file
 
 EOS_TOKEN = "<|endoftext|>"  # nosec B105  # no password
@@ -121,10 +122,10 @@ def save_existing(source: TokenizerSource, folder: Path) -> None:
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """The tokenizer of a store; `transformers` is imported only for one that has no tokenizer.json."""
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = read_json_object(folder / "tokenizer_config.json")
         if (folder / "tokenizer.json").is_file():
             return _from_json(folder / "tokenizer.json", settings["eos_token"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a tokenizer folder: {error}") from None
     return _from_transformers(folder)
 
@@ -179,13 +180,13 @@ def tokenizer_hash(folder: Path) -> str:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a tokenizer folder: {error}") from None
 
 
 def _hash_of_json(folder: Path) -> str:
-    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tree = read_json_object(folder / "tokenizer.json")
+    settings = read_json_object(folder / "tokenizer_config.json")
     parts = {key: tree[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     text = json.dumps({**parts, "eos_token": _content(settings["eos_token"])}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -21,6 +21,7 @@ import numpy as np
 
 from mixwright.data_mixing.answers import failure
 from mixwright.data_mixing.errors import MixingError
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.launch import ray_environment
 
 logger = logging.getLogger("feed_agent")
@@ -47,7 +48,7 @@ class Server:
     def _ask(self, connection: Connection, calls: queue.Queue[Any]) -> None:
         try:
             while True:
-                head = json.loads(connection.recv_bytes())
+                head = parse_json(connection.recv_bytes())
                 if head["verb"] == "describe":
                     calls.put(None)
                     continue
@@ -55,6 +56,9 @@ class Server:
                 calls.put(self._feed.ask(head["split"], refs_2n))
         except (EOFError, OSError):
             return  # the rank is gone
+        except (ValueError, KeyError, TypeError) as error:
+            logger.error("what was asked is no question of ours: %r", error)
+            connection.close()
 
     def _answer(self, connection: Connection, calls: queue.Queue[Any]) -> None:
         try:

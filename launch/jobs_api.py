@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from mixwright.data_mixing.answers import one_line
 from mixwright.data_mixing.errors import ConfigError, ServiceUnavailable
+from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.service import TOKEN_REMEDY
 from mixwright.launch import ray_environment
 
@@ -138,7 +139,7 @@ class JobsApi:
         try:
             request = urllib.request.Request(self.url + path, data, headers, method=method)
             with _OPENER.open(request, timeout=self._timeout_s) as response:
-                return json.loads(response.read())
+                return parse_json(response.read())
         except urllib.error.HTTPError as error:
             return self._refused(error)
         except (OSError, http.client.HTTPException) as error:

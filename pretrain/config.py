@@ -310,7 +310,11 @@ def load_pretrain_config(path: Path, overrides: Sequence[str] = ()) -> PretrainC
 
 
 def _existing(path: Path, key: str) -> Path:
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # a name that no file can have
+        raise ConfigError(f"{key}: {path.name[:80]}...: {error.strerror}") from None
+    if not is_there:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) if siblings else ""
         raise ConfigError(f"{key}: no such file {path}{hint}")

@@ -14,6 +14,7 @@ from typing import Any
 from mixwright.data_mixing.config_file import validate
 from mixwright.data_mixing.extended import extend_store
 from mixwright.data_mixing.manifest import fingerprint
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.data_mixing.store import TokenStore
 from mixwright.pretrain.config import PretrainConfig
@@ -23,6 +24,7 @@ from mixwright.pretrain.distill.teaching import check_store
 from mixwright.pretrain.distill.topk_cache import write_cache
 from mixwright.pretrain.ensemble.curve import fit_temperature
 from mixwright.pretrain.ensemble.member import Member, check_together, inspect_member
+from mixwright.pretrain.errors import EnsembleError
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -57,9 +59,16 @@ def _temperature(config: DistillConfig, members: Sequence[Member], store: TokenS
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             file.write(json.dumps({"temperature": value, **decides}, indent=1).encode())
-    fitted = float(json.loads(path.read_text(encoding="utf-8"))["temperature"])
+    fitted = _recorded(path)
     say(f"temperature of the teachers on the validation split: {fitted:.3f}")
     return fitted
+
+
+def _recorded(path: Path) -> float:
+    try:
+        return float(read_json_object(path, strict=True)["temperature"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EnsembleError(f"{path}: not the record of a temperature ({error!r}); remove it to fit it again") from None
 
 
 def _with_samples(

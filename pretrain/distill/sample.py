@@ -15,6 +15,7 @@ from pydantic import Field
 from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.manifest import fingerprint
 from mixwright.data_mixing.permutation import mix_key
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file, exclusive, is_complete
 from mixwright.pretrain.config import Positive
 from mixwright.pretrain.distill.sampler import continue_rows
@@ -122,7 +123,10 @@ def _claim(folder: Path, members: Sequence[Member], config: SamplingConfig, sequ
         with atomic_file(path) as file:
             file.write(json.dumps(settings, indent=1).encode())
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = read_json_object(path, strict=True)
+    except (OSError, ValueError) as error:
+        raise EnsembleError(f"{path}: not the settings of samples ({error}); choose another folder") from None
     if fingerprint(found) != fingerprint(settings):
         differing = [key for key in settings if found.get(key) != settings[key]]
         raise EnsembleError(

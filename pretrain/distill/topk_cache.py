@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixwright.data_mixing.manifest import fingerprint
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file, exclusive, is_complete
 from mixwright.data_mixing.store import TokenStore
 from mixwright.kernels.ensemble_kl import Pooling
@@ -204,12 +205,12 @@ def _claim(folder: Path, key: CacheKey, top_k: int, chunk_rows: int) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        tree: dict[str, Any] = json.loads((folder / CACHE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        tree = read_json_object(folder / CACHE, strict=True)
+        return {name: tree[name] for name in ("key", "top_k", "chunk_rows")}
+    except (OSError, ValueError, KeyError):
         raise EnsembleError(
             f"{folder}: no cache of teachers (expected {CACHE}); make it with `mixwright distill`"
         ) from None
-    return tree
 
 
 def _check_same(folder: Path, found: dict[str, Any], key: CacheKey) -> None:

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mixwright.data_mixing.answers import one_line
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import nearest
 from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.manifest import Split
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.data_mixing.store import TokenStore
 from mixwright.kernels.ensemble_kl import Pooling
@@ -230,16 +232,16 @@ def save_evaluation(evaluation: EnsembleEvaluation, folder: Path) -> Path:
 def load_evaluation(folder: Path) -> EnsembleEvaluation:
     """What `save_evaluation` wrote. Raises EnsembleError."""
     try:
-        tree = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        tree = read_json_object(folder / "evaluation.json", strict=True)
         with np.load(folder / "evaluation.npz") as arrays:
             values = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
-        raise EnsembleError(f"{folder}: no evaluation of an ensemble ({error})") from None
-    del tree["curves"]
-    for name in ("members", "fingerprints", "domains"):
-        tree[name] = tuple(tree[name])
-    subsets = tuple(tuple(subset) for subset in tree.pop("subsets"))
-    return EnsembleEvaluation(**tree, **values, subsets=subsets)
+        del tree["curves"]
+        for name in ("members", "fingerprints", "domains"):
+            tree[name] = tuple(tree[name])
+        subsets = tuple(tuple(subset) for subset in tree.pop("subsets"))
+        return EnsembleEvaluation(**tree, **values, subsets=subsets)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EnsembleError(f"{folder}: no evaluation of an ensemble ({one_line(error)})") from None
 
 
 def _genesis(member: Member, store: TokenStore, names: Sequence[str]) -> Genesis:

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from mixwright.data_mixing.answers import one_line
 from mixwright.data_mixing.errors import DataError
 from mixwright.data_mixing.manifest import fingerprint
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.data_mixing.tokenizer import load_tokenizer, tokenizer_hash
 from mixwright.pretrain.errors import EnsembleError, TrainingError
@@ -63,7 +64,7 @@ def inspect_member(path: Path) -> Member:
     try:
         refuse_export_without_head(folder)
         tokenizer = tokenizer_hash(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(folder / "config.json")
         return Member(
             name=path.resolve().name if folder is not path else folder.resolve().name,
             folder=folder,
@@ -132,7 +133,7 @@ def write_origin(folder: Path, origin: str) -> None:
 
 def _read_origin(folder: Path) -> str | None:
     path = folder / ORIGIN
-    return str(json.loads(path.read_text(encoding="utf-8"))["initial_parameters"]) if path.is_file() else None
+    return str(read_json_object(path, strict=True)["initial_parameters"]) if path.is_file() else None
 
 
 def _bytes_of(parameter: Tensor) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mixwright.data_mixing.corpora import DatasetSource
 from mixwright.data_mixing.errors import DataError, nearest
 from mixwright.data_mixing.hub import describe, open_dataset
 from mixwright.data_mixing.manifest import fingerprint
+from mixwright.data_mixing.plain_data import parse_json, read_json_object
 from mixwright.pretrain.rpo.config import ColumnsConfig
 from mixwright.pretrain.rpo.pair_counts import BadPair
 
@@ -132,11 +132,11 @@ def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
 
 def _parse(where: str, line: bytes, position: int) -> Row | BadPair:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 text: byte 0x{error.object[error.start]:02x} ({error.reason})"
         return BadPair(where, "malformed", problem)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return BadPair(where, "malformed", f"not a JSON value: {one_line(error)}")
     if not isinstance(record, dict):
         return BadPair(where, "malformed", f"expected a JSON object, found {type(record).__name__}")
@@ -188,7 +188,10 @@ def _check_split(source: DatasetSource) -> None:
     """Of a saved folder with splits, the one that is asked for must be there."""
     listing = Path(source.path) / "dataset_dict.json"
     if listing.is_file():
-        splits = json.loads(listing.read_bytes())["splits"]
+        try:
+            splits = list(map(str, read_json_object(listing)["splits"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{listing}: not the list of a dataset's splits: {one_line(error)}") from None
         if source.split not in splits:
             raise DataError(f"dataset {source.path!r}: no split {source.split!r}{nearest(source.split, splits)}")
 

@@ -8,7 +8,7 @@ first step is the reference, so no second model is loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mixwright.data_mixing.manifest import fingerprint
 from mixwright.data_mixing.permutation import mix_key, permute
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file, is_complete
 from mixwright.pretrain.errors import TrainingError
 from mixwright.pretrain.ranks import Ranks
@@ -146,11 +147,11 @@ def _claim(folder: Path, key: ReferenceKey) -> None:
 
 def _check_same(folder: Path, key: ReferenceKey) -> None:
     try:
-        found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        found = read_json_object(folder / ABOUT, strict=True)
     except (OSError, ValueError) as error:
         raise TrainingError(f"{folder / ABOUT}: cannot be read: {error}") from None
     expected = key.tree()
-    differing = [name for name in expected if not isinstance(found, dict) or found.get(name) != expected[name]]
+    differing = [name for name in expected if found.get(name) != expected[name]]
     if differing:
         shown = ", ".join(f"{name} ({_short(found, name)} there, {expected[name][:12]} here)" for name in differing)
         raise TrainingError(
@@ -159,8 +160,8 @@ def _check_same(folder: Path, key: ReferenceKey) -> None:
         )
 
 
-def _short(found: Any, name: str) -> str:
-    return str(found.get(name))[:12] if isinstance(found, dict) else "nothing"
+def _short(found: Mapping[str, Any], name: str) -> str:
+    return str(found.get(name))[:12]
 
 
 def _parts(folder: Path, prepared: PreparedPairs, split: str) -> list[tuple[Path, NDArray[np.int64]]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixwright.data_mixing.permutation import mix_key
+from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.pretrain.errors import CheckpointMismatch
 from mixwright.pretrain.model import DTYPES
@@ -100,7 +101,7 @@ def check_same_run(config: RpoConfig, key: ReferenceKey, num_steps: int) -> None
             file.write(json.dumps(decides, indent=1).encode())
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path, strict=True)
     except (OSError, ValueError) as error:
         raise CheckpointMismatch(f"{path}: cannot be read: {error}") from None
     differing = [name for name in decides if found.get(name) != decides[name]]

@@ -82,6 +82,12 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
         load_pretrain_config(tmp_path / "quickstrat.yaml")
 
 
+@pytest.mark.parametrize("key", ["data.prepare", "mixing.policy"])
+def test_a_name_that_no_file_can_have_is_one_line(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: x+\.\.\.: File name too long$"):
+        load_pretrain_config(ROOT / "configs" / "quickstart.yaml", [f"{key}={'x' * 300}"])
+
+
 def test_the_quickstart_configuration_is_valid_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_pretrain_config(ROOT / "configs" / "quickstart.yaml")

@@ -104,7 +104,7 @@ def mutated(tree: Any, chance: random.Random) -> Any:
     """The tree with one thing changed, in place where that is possible."""
     places = list(_places(tree))
     if not places:
-        return chance.choice(ODD_VALUES)
+        return copy.deepcopy(chance.choice(ODD_VALUES))
     parent, key = chance.choice(places)
     change = chance.randrange(7)
     if change == 0:
@@ -112,7 +112,9 @@ def mutated(tree: Any, chance: random.Random) -> Any:
     elif change == 1 and isinstance(parent, dict):
         parent[_misspelt(str(key), chance)] = parent.pop(key)
     elif change == 2 and isinstance(parent, dict):
-        parent[chance.choice(["extra", "\x1b[2J", "", "a.b", "__class__", "\ud800"])] = chance.choice(ODD_VALUES)
+        parent[chance.choice(["extra", "\x1b[2J", "", "a.b", "__class__", "\ud800"])] = copy.deepcopy(
+            chance.choice(ODD_VALUES)
+        )
     elif change == 3:
         parent[key] = [parent[key]]
     elif change == 4:
