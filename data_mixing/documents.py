@@ -179,6 +179,8 @@ def _read_docstrings(unit: Unit) -> Iterator[str | BadDocument]:
         yield BadDocument(unit.at((error.lineno or 1) - 1), f"not valid Python: {error.msg}")
     except ValueError as error:
         yield BadDocument(str(unit.path), f"not valid Python: {error}")
+    except (RecursionError, MemoryError):  # the second is what the parser says when its own stack is full
+        yield BadDocument(str(unit.path), "not valid Python: nested too deeply")
     except _BROKEN_GZIP as error:
         yield BadDocument(str(unit.path), f"broken gzip file: {error}")
     else:

@@ -193,6 +193,9 @@ def test_a_file_that_is_no_python_is_named_by_line(tmp_path: Path) -> None:
     assert problems(path, format="docstrings")[0].startswith("m.py:2: not valid Python: Missing parentheses")
     nul = written(tmp_path / "n.py", b"x\0y")
     assert "not valid Python: source code string cannot contain null bytes" in problems(nul, format="docstrings")[0]
+    for depth in (5_000, 20_000):  # the compiler gives up at one, the parser at the other
+        deep = written(tmp_path / "d.py", b"-" * depth + b"1\n")
+        assert problems(deep, format="docstrings") == ["d.py: not valid Python: nested too deeply"]
 
 
 # --- files that cannot be read ---------------------------------------------------------------------------------
