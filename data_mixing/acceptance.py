@@ -9,7 +9,7 @@ from typing import Any, cast
 from mixwright.data_mixing.domain import Cap
 from mixwright.data_mixing.entries import Genesis, Mark, PolicyEntry, Segment
 from mixwright.data_mixing.errors import PolicyRejected
-from mixwright.data_mixing.forecast import dead_end, expected_commits, first_open_step
+from mixwright.data_mixing.forecast import dead_end, expected_commits, expected_plan, first_open_step
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.mixture import assign
 from mixwright.data_mixing.online import OnlineDocument, OnlineKind
@@ -41,7 +41,8 @@ def accept(document: Any, genesis: Genesis, *, history: RunHistory | None = None
         why=parsed.why,
         request_id=request_id,
     )
-    reason = dead_end(genesis, expected_commits(history, (history.last_lsn + 1, entry)))
+    plan = expected_plan(genesis, history, (history.last_lsn + 1, entry))
+    reason = dead_end(plan, first_open_step(history))
     if reason:
         raise PolicyRejected(reason)
     return entry

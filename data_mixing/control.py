@@ -19,7 +19,7 @@ from mixwright.data_mixing.deciding import cost_remarks, due_entry
 from mixwright.data_mixing.entries import Cancel, EntryBody, Lease, Pause, PolicyEntry, Reject
 from mixwright.data_mixing.entry_file import Entry
 from mixwright.data_mixing.errors import JournalConflict, PolicyRejected, ServiceUnavailable, nearest
-from mixwright.data_mixing.forecast import expected_commits, remarks
+from mixwright.data_mixing.forecast import expected_plan, remarks
 from mixwright.data_mixing.history import RunHistory
 from mixwright.data_mixing.journal import Journal, read_entries
 from mixwright.data_mixing.policy import recordable
@@ -59,8 +59,9 @@ class MixingController:
             case Reject():
                 raise PolicyRejected(entry.body.reason)
             case PolicyEntry():
-                commits, genesis = expected_commits(self._history, (entry.lsn, entry.body)), self._history.genesis
-                notes = remarks(genesis, commits, entry.lsn) + cost_remarks(entry.body, genesis)
+                genesis = self._history.genesis
+                plan = expected_plan(genesis, self._history, (entry.lsn, entry.body))
+                notes = remarks(plan, entry.lsn) + cost_remarks(entry.body, genesis)
                 return {"lsn": entry.lsn, "remarks": notes}
         raise PolicyRejected(f"request {request_id!r} was a {entry.type}, entry {entry.lsn}; choose another id")
 

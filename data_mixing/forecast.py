@@ -52,12 +52,13 @@ class MixtureChange:
     after: float
 
 
-def forecast(genesis: Genesis, commits: Sequence[CommittedPolicy], from_step: int, until_step: int) -> Forecast:
-    """What is read in steps [from_step, until_step) under these commits, domains in catalogue order."""
-    plan = Plan(genesis, commits)
+def forecast(plan: Plan, from_step: int, until_step: int) -> Forecast:
+    """What is read in steps [from_step, until_step) of the plan, domains in catalogue order."""
+    genesis = plan.genesis
     first_G, last_G = plan.cursors(from_step), plan.cursors(until_step)
     drawn_G = last_G - first_G
-    events = plan.exhaustion(until_step)
+    # A policy that begins says anew which of its domains have reached their caps: what was before it does not count.
+    events = plan.exhaustion(until_step, plan.policy_step(from_step))
     # A later commit may raise a cap: the last event of a domain is the one that counts.
     by_name = {event.domain: event for event in events}
     stops = [event.step for event in events if event.action == "stop"]
@@ -86,6 +87,14 @@ def expected_commits(history: RunHistory, new: tuple[int, PolicyEntry] | None = 
     return [*history.commits, *sorted(expected, key=lambda commit: (commit.effective_step, commit.lsn))]
 
 
+def expected_plan(genesis: Genesis, history: RunHistory, new: tuple[int, PolicyEntry] | None = None) -> Plan:
+    """The plan of `expected_commits`; what the history's own plan has derived is not derived again."""
+    plan = history.plan() if history.commits else Plan(genesis, ())
+    for commit in expected_commits(history, new)[len(history.commits) :]:
+        plan = plan.extended(commit)
+    return plan
+
+
 def first_open_step(history: RunHistory) -> int:
     """The first step that a policy submitted now could change, if the trainer is no further than it reported."""
     return max(history.last_step + 1, history.commits[-1].effective_step) if history.commits else 0
@@ -96,41 +105,37 @@ def soonest_step(history: RunHistory) -> int:
     return max(first_open_step(history), history.last_step + 1 + ASSUMED_LEAD_STEPS) if history.commits else 0
 
 
-def mixture_change(
-    genesis: Genesis, before: Sequence[CommittedPolicy], after: Sequence[CommittedPolicy], step: int
-) -> list[MixtureChange]:
-    """Proportions of all domains at `step` under two lists of commits, caps included."""
-    before_G = Plan(genesis, before).proportions(step)
-    after_G = Plan(genesis, after).proportions(step)
-    pairs = zip(genesis.domains, before_G.tolist(), after_G.tolist(), strict=True)
+def mixture_change(before: Plan, after: Plan, step: int) -> list[MixtureChange]:
+    """Proportions of all domains at `step` under two plans of a run, caps included."""
+    pairs = zip(
+        before.genesis.domains, before.proportions(step).tolist(), after.proportions(step).tolist(), strict=True
+    )
     return [MixtureChange(domain.name, old, new) for domain, old, new in pairs]
 
 
-def dead_end(genesis: Genesis, commits: Sequence[CommittedPolicy]) -> str | None:
-    """Why the run cannot be finished under these commits; None when it can, or when a cap says `stop` itself."""
-    events = Plan(genesis, commits).exhaustion()
-    last = next((event for event in events if event.action == "stop"), None)
-    if last is None or _cap(genesis, _in_force(commits, last.step), last.domain).on_exhaust == "stop":
+def dead_end(plan: Plan, from_step: int) -> str | None:
+    """Why steps from `from_step` on cannot all be read; None when they can, or when a cap says `stop` itself."""
+    last = next((event for event in plan.exhaustion(from_step=from_step) if event.action == "stop"), None)
+    if last is None or _cap(plan.genesis, _in_force(plan.commits, last.step), last.domain).on_exhaust == "stop":
         return None
-    reached = [f"{event.domain} {event.max_epochs:g} epochs" for event in events if event.step <= last.step]
+    reached = [f"{event.domain} {event.max_epochs:g} epochs" for event in plan.exhaustion(last.step + 1)]
     return (
-        f"caps: from step {last.step} of {genesis.num_steps} on there would be nothing left to read "
+        f"caps: from step {last.step} of {plan.genesis.num_steps} on there would be nothing left to read "
         f"({', '.join(dict.fromkeys(reached))}); raise max_epochs, or set on_exhaust: allow (or stop, to end there)"
     )
 
 
-def remarks(genesis: Genesis, commits: Sequence[CommittedPolicy], lsn: int) -> list[str]:
+def remarks(plan: Plan, lsn: int) -> list[str]:
     """What a user should know about accepted policy `lsn`: domains that get nothing, domains that run out.
 
-    `commits` are the expected ones, that of policy `lsn` among them.
+    `plan` is the expected one, with policy `lsn` in it.
     """
-    new = next(commit for commit in commits if commit.lsn == lsn)
+    new = next(commit for commit in plan.commits if commit.lsn == lsn)
     used = {index for segment in new.policy.program for index in np.flatnonzero(segment.proportions).tolist()}
-    unused = [domain.name for index, domain in enumerate(genesis.domains) if index not in used]
+    unused = [domain.name for index, domain in enumerate(plan.genesis.domains) if index not in used]
     lines = [f"these domains get 0: {', '.join(unused)}"] if unused else []
-    return lines + [
-        describe(event) for event in Plan(genesis, commits).exhaustion() if event.step >= new.effective_step
-    ]
+    events = plan.exhaustion(from_step=new.effective_step)
+    return lines + [describe(event) for event in events if event.step >= new.effective_step]
 
 
 def describe(event: Exhaustion) -> str:

@@ -271,6 +271,10 @@ class RunHistory:
         self._plan = plan
         return plan
 
+    def adopt(self, plan: Plan) -> None:
+        """Go on from a plan that was derived from the first of these commits, without looking at their fingerprints."""
+        self._plan = plan
+
     def state(self) -> HistoryState:
         """This history as data."""
         plan_state = self.plan().state(self.commits[-1].effective_step) if self.commits else None

@@ -121,6 +121,10 @@ class Plan:
         """Journal entry of the POLICY in force at `step`."""
         return self._timeline.regime_at(step).commit.lsn
 
+    def policy_step(self, step: int) -> int:
+        """The step from which the policy in force at `step` has been in force."""
+        return self._timeline.regime_at(step).start_step
+
     def weighting(self, step: int) -> tuple[int, LossWeighting] | None:
         """The instance weighting in force at `step` and the step at which it began; None when none was ever asked for.
 

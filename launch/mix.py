@@ -108,7 +108,7 @@ def forecast(
 ) -> None:
     """What the run will read: tokens and epochs per domain, and which domain reaches its cap when."""
     from mixwright.data_mixing.acceptance import accept
-    from mixwright.data_mixing.forecast import expected_commits
+    from mixwright.data_mixing.forecast import expected_plan
     from mixwright.data_mixing.forecast import forecast as forecast_run
     from mixwright.launch import mix_tables
     from mixwright.launch.runs import find_run, open_history
@@ -121,7 +121,7 @@ def forecast(
     until_step = genesis.num_steps if until is None else until
     if not next_step < until_step <= genesis.num_steps:
         raise ConfigError(f"--until: expected a step from {next_step + 1} to {genesis.num_steps}, found {until_step}")
-    result = forecast_run(genesis, expected_commits(history, new), next_step, until_step)
+    result = forecast_run(expected_plan(genesis, history, new), next_step, until_step)
     if as_json:
         print_json(result)
     else:

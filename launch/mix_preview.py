@@ -7,7 +7,7 @@ from typing import Any
 
 from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.deciding import cost_remarks
-from mixwright.data_mixing.forecast import Forecast, MixtureChange, expected_commits, forecast, mixture_change, remarks
+from mixwright.data_mixing.forecast import Forecast, MixtureChange, expected_plan, forecast, mixture_change, remarks
 from mixwright.data_mixing.history import RunHistory
 
 
@@ -24,13 +24,13 @@ class Preview:
 def preview_of(history: RunHistory, document: dict[str, Any]) -> Preview:
     """The mixture beside the one in force, the forecast, and remarks. Raises PolicyRejected as a submission would."""
     genesis, lsn = history.genesis, history.last_lsn + 1
-    before = expected_commits(history)
+    before = expected_plan(genesis, history)
     policy = accept(document, genesis, history=history)
-    after = expected_commits(history, (lsn, policy))
-    step = next(commit.effective_step for commit in after if commit.lsn == lsn)
+    after = expected_plan(genesis, history, (lsn, policy))
+    step = next(commit.effective_step for commit in after.commits if commit.lsn == lsn)
     return Preview(
         step=step,
-        changes=mixture_change(genesis, before, after, step),
-        forecast=forecast(genesis, after, step, genesis.num_steps),
-        remarks=remarks(genesis, after, lsn) + cost_remarks(policy, genesis),
+        changes=mixture_change(before, after, step),
+        forecast=forecast(after, step, genesis.num_steps),
+        remarks=remarks(after, lsn) + cost_remarks(policy, genesis),
     )

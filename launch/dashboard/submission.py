@@ -48,7 +48,9 @@ def read_submission(tree: Any) -> Submission:
 def preview(view: RunView, submission: Submission) -> dict[str, Any]:
     """What the policy would do, from what was read of the journal. Raises PolicyRejected as the service would."""
     with view.lock:
-        history = _frozen(view.journal.history)
+        history, plan = _frozen(view.journal.history), view.journal.plan
+    if plan is not None:
+        history.adopt(plan)  # the view has derived it already
     return asdict(preview_of(history, submission.mapping()))
 
 
