@@ -256,8 +256,13 @@ class RunHistory:
         return len(self.commits)
 
     def pending(self) -> list[tuple[int, PolicyEntry]]:
-        """Policies that wait for a COMMIT, with their entry numbers, in order; shadows never do."""
-        return [(lsn, p) for lsn, p in self.policies.items() if lsn not in self._settled and not p.shadow]
+        """Policies that wait for a COMMIT, with their entry numbers, in order; shadows never do.
+
+        Nor does what an online policy decided when another policy has been committed meanwhile: it would undo that one.
+        """
+        waiting = [(lsn, p) for lsn, p in self.policies.items() if lsn not in self._settled and not p.shadow]
+        active = self.active_root()
+        return [(lsn, policy) for lsn, policy in waiting if policy.root is None or policy.root == active]
 
     def plan(self) -> Plan:
         """The plan of all commits so far; equal histories return equal plans, and one history extends its own.

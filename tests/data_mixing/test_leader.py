@@ -188,6 +188,34 @@ def test_nobody_leaves_a_boundary_while_a_commit_that_holds_from_it_is_being_wri
     assert announced == holding[-1]
 
 
+def test_a_decision_that_comes_after_a_persons_policy_does_not_undo_it(tmp_path: Path) -> None:
+    """At the end of a round a person's policy is journaled, and then what the online policy has just decided."""
+    _, leader = begin(tmp_path)
+    online = propose(tmp_path, ONLINE)
+    with leader:
+        boundary = wait_for_commits(tmp_path, 2)[1].effective_step + ROUND_STEPS
+        leader.begin_step(boundary - 1)
+        persons = propose(tmp_path, policy(why="rollback"))
+        decided = propose(tmp_path, ONLINE.model_copy(update={"root": online, "why": "decision 1"}))
+        leader.await_decision(boundary, timeout_s=30)
+        time.sleep(0.3)  # time to commit the other one too
+    assert [(c.policy_lsn, c.effective_step) for c in commits(tmp_path)[2:]] == [(persons, boundary)]
+    assert decided not in [lsn for lsn, _ in verify(tmp_path).pending()]
+
+
+def test_a_decision_that_comes_before_a_persons_policy_holds_until_that_one(tmp_path: Path) -> None:
+    _, leader = begin(tmp_path)
+    online = propose(tmp_path, ONLINE)
+    with leader:
+        boundary = wait_for_commits(tmp_path, 2)[1].effective_step + ROUND_STEPS
+        leader.begin_step(boundary - 1)
+        decided = propose(tmp_path, ONLINE.model_copy(update={"root": online, "why": "decision 1"}))
+        persons = propose(tmp_path, policy(at_step=boundary + 5))
+        leader.await_decision(boundary, timeout_s=30)
+        found = wait_for_commits(tmp_path, 4)
+    assert [(c.policy_lsn, c.effective_step) for c in found[2:]] == [(decided, boundary), (persons, boundary + 5)]
+
+
 def test_what_lies_unreadable_behind_a_commit_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody has put a file at the number after the one that the COMMIT takes."""
     journal, leader = begin(tmp_path)

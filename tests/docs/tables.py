@@ -10,15 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 OTHER_MACHINES = "needs machines, or a cluster's address, that a test does not have"
-NETWORK = "downloads from the internet"
 ELSEWHERE = "takes minutes, and is run by a job of its own or by the file it names"
 HOURS = "takes hours"
 
 NOT_HERE: Mapping[str, str] = {
     "make ": ELSEWHERE,
-    "python3.11 -m venv .venv-peers": NETWORK,
-    ".venv-peers/bin/pip install": NETWORK,
-    "MIXWRIGHT_PEERS_PYTHON=": ELSEWHERE,
     "mixwright doctor --folder /shared": OTHER_MACHINES,
     "deepspeed --hostfile": OTHER_MACHINES,
     "torchrun --nproc_per_node 2": "two ranks beside other tests crawl on two cores; tests/pretrain starts them",
