@@ -36,7 +36,8 @@ class TrainerLock:
 
     def say_stopping(self) -> None:
         """Whoever starts the run again waits for this process, which writes its last checkpoint."""
-        self._write(STOPPING)
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop otherwise than in order
+            self._write(STOPPING)
 
     def _write(self, note: str = "") -> None:
         self._file.seek(0)
