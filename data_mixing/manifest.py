@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from mixwright.data_mixing.config_file import StrictModel
 from mixwright.data_mixing.domain import Cap
+from mixwright.data_mixing.entries import MAX_COUNT
 from mixwright.data_mixing.errors import DataError, StoreChanged
 from mixwright.data_mixing.plain_data import parse_json
 from mixwright.data_mixing.staging import atomic_file
@@ -40,7 +41,7 @@ class SplitCounts(StrictModel):
     num_documents: int = Field(ge=0)
     num_bytes: int = Field(ge=0)
     num_tokens: int = Field(ge=0)
-    num_rows: int = Field(ge=0, lt=1 << 62)
+    num_rows: int = Field(ge=0, lt=MAX_COUNT)
     num_tail_tokens: int = Field(ge=0)
     files: tuple[RowFile, ...] = ()
 
@@ -85,7 +86,7 @@ class Manifest(StrictModel):
     fingerprint: str
     sequence_length: int = Field(gt=0)
     dtype: Literal["uint16", "uint32"]
-    rows_per_file: int = Field(gt=0, lt=1 << 62)
+    rows_per_file: int = Field(gt=0, lt=MAX_COUNT)
     vocab_size: int = Field(gt=0)
     eos_id: int = Field(ge=0)
     tokenizer_hash: str

@@ -162,6 +162,13 @@ def test_training_waits_at_the_edge_of_a_commit_that_is_being_written(
         waiting.join()
 
 
+def lead_to_the_end_of_a_round(folder: Path, leader: Leader) -> int:
+    """The boundary at which `ONLINE` decides, once it is committed and the step before that has begun."""
+    boundary = wait_for_commits(folder, 2)[1].effective_step + ROUND_STEPS
+    leader.begin_step(boundary - 1)
+    return boundary
+
+
 def test_nobody_leaves_a_boundary_while_a_commit_that_holds_from_it_is_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +182,7 @@ def test_nobody_leaves_a_boundary_while_a_commit_that_holds_from_it_is_being_wri
         return append_after(lsn, body)
 
     with leader:
-        boundary = wait_for_commits(tmp_path, 2)[1].effective_step + ROUND_STEPS
-        leader.begin_step(boundary - 1)
+        boundary = lead_to_the_end_of_a_round(tmp_path, leader)
         monkeypatch.setattr(journal, "append_after", slow_append)
         propose(tmp_path, policy())
         propose(tmp_path, policy(mixture={"a": 1}))
@@ -193,8 +199,7 @@ def test_a_decision_that_comes_after_a_persons_policy_does_not_undo_it(tmp_path:
     _, leader = begin(tmp_path)
     online = propose(tmp_path, ONLINE)
     with leader:
-        boundary = wait_for_commits(tmp_path, 2)[1].effective_step + ROUND_STEPS
-        leader.begin_step(boundary - 1)
+        boundary = lead_to_the_end_of_a_round(tmp_path, leader)
         persons = propose(tmp_path, policy(why="rollback"))
         decided = propose(tmp_path, ONLINE.model_copy(update={"root": online, "why": "decision 1"}))
         leader.await_decision(boundary, timeout_s=30)
@@ -207,8 +212,7 @@ def test_a_decision_that_comes_before_a_persons_policy_holds_until_that_one(tmp_
     _, leader = begin(tmp_path)
     online = propose(tmp_path, ONLINE)
     with leader:
-        boundary = wait_for_commits(tmp_path, 2)[1].effective_step + ROUND_STEPS
-        leader.begin_step(boundary - 1)
+        boundary = lead_to_the_end_of_a_round(tmp_path, leader)
         decided = propose(tmp_path, ONLINE.model_copy(update={"root": online, "why": "decision 1"}))
         persons = propose(tmp_path, policy(at_step=boundary + 5))
         leader.await_decision(boundary, timeout_s=30)
