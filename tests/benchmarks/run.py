@@ -95,7 +95,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--page", type=Path, default=PAGE, help="where the figures go")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if not parsed.page.is_file():
+        parser.error(f"--page: no such file {parsed.page}")
+    return parsed
 
 
 def main() -> int:
