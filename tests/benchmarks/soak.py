@@ -41,7 +41,7 @@ from tests.data_mixing.corpora_for_tests import random_rows, write_store
 from tests.drills.drill_service import Service
 
 ROWS, REPORT_EVERY, STEPS_PER_SECOND = 32, 10, 100
-SUBMIT_EVERY_S, SAMPLE_EVERY_S = 60.0, 10.0
+SUBMIT_EVERY_S, SAMPLE_EVERY_S, TELL_EVERY_S = 60.0, 10.0, 300.0
 NUM_ROWS = {f"domain-{i}": 2000 * (i + 1) for i in range(6)}
 ONLINE = {"kind": "odm", "round_steps": 500, "decide": "bridge"}
 PROCESSES = ("trainer", "controller", "host")
@@ -203,7 +203,7 @@ class Trainer:
 def _go(run: Soak, trainer: Trainer, actor: Any, seconds: float) -> None:
     token, phase_s = find_token(run.run_dir), seconds / NUM_PHASES
     began = time.monotonic()
-    next_sample, next_submit, phase = 0.0, SUBMIT_EVERY_S, 0
+    next_sample, next_submit, next_line, phase = 0.0, SUBMIT_EVERY_S, TELL_EVERY_S, 0
     while (now := time.monotonic() - began) < seconds:
         trainer.take_step()
         if now >= next_sample:
@@ -215,10 +215,19 @@ def _go(run: Soak, trainer: Trainer, actor: Any, seconds: float) -> None:
         if now >= next_submit:
             next_submit += SUBMIT_EVERY_S
             run.ask(actor, "submit", document=ONLINE, request_id=f"soak-{trainer.step}", token=token)
+        if now >= next_line:
+            next_line += TELL_EVERY_S
+            print(progress(run.samples[-1], seconds - now), flush=True)
         if now >= (phase + 1) * phase_s:
             phase += 1
             run.ask(actor, "pause", held=phase % 2 == 1, request_id=f"phase-{phase}", token=token)
         time.sleep(max(began + trainer.step / STEPS_PER_SECOND - time.monotonic(), 0))
+
+
+def progress(sample: Sample, seconds_left: float) -> str:
+    """One line on the way: how far, how long still, and the memory of each process."""
+    memory = ", ".join(f"{name} {mib:.1f}" for name, mib in sample.mib.items())
+    return f"{sample.step:,} steps, about {seconds_left / 60:.0f} min left; MiB: {memory}"
 
 
 def growth(samples: Sequence[Sample], process: str) -> Growth:
