@@ -125,7 +125,7 @@ def test_a_users_policy_raises_hangs_hoards_and_answers_nan(
     third, answers NaN in the fourth, and then decides in order.
 
     Promised: each costs one held decision with its reason, the hang also one wait of `guard.timeout_s`; the controller
-    lives, and the run obeys the fifth.
+    lives, and the run obeys the fifth. Both sides wait equally long for the one that hangs: either may give up first.
     """
     run = slow_run(make_run)
     job = run.start(step_s=STEP_S)
@@ -140,7 +140,7 @@ def test_a_users_policy_raises_hangs_hoards_and_answers_nan(
     assert [decision.action for decision in made] == ["hold"] * 4 + ["propose"]
     for decision, reason in zip(made, ("KeyError", "no answer within 8 s", "more than 512 MiB", "float"), strict=False):
         assert reason in decision.reason
-    assert [step for _, step in run.history().passes] == [made[1].step]
+    assert [step for _, step in run.history().passes] in ([], [made[1].step])
 
 
 @pytest.mark.long
