@@ -93,6 +93,24 @@ def validate(model: type[Model], tree: Mapping[str, Any], origin: str) -> Model:
         raise ConfigError("\n".join(lines[:MAX_MISTAKES] + further)) from None
 
 
+def differences(old: object, new: object, key: str = "") -> dict[str, tuple[object, object]]:
+    """Both values of every dotted key in which two nested mappings differ; None for what is not there."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return {} if old == new else {key: (old, new)}
+    names = [*old, *(name for name in new if name not in old)]
+    found: dict[str, tuple[object, object]] = {}
+    for name in names:
+        found |= differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    return found
+
+
+def shown_differences(old: object, new: object, most: int = 3) -> str:
+    """The first differing keys as `key.sub: 1 there, 2 here; ...`, for an error about what is there already."""
+    found = differences(old, new)
+    parts = [f"{key}: {reprlib.repr(a)} there, {reprlib.repr(b)} here" for key, (a, b) in list(found.items())[:most]]
+    return "; ".join([*parts, f"{len(found) - most} more"] if len(found) > most else parts)
+
+
 def _describe(model: type[BaseModel], item: Any) -> str:
     """One pydantic error as `key.sub: what is wrong (found ...)`."""
     path = [str(part) for part in item["loc"]]

@@ -29,6 +29,7 @@ def _check_name(name: str) -> str:
 class DatasetSource(StrictModel):
     """A Hugging Face `datasets` path: a hub name, a folder of data files, or a `save_to_disk` folder.
 
+    A relative path starts at the configuration file's folder; what is not there is a hub name.
     With `streaming`, documents are taken from a seeded shuffle buffer until the domain's `max_bytes`.
     """
 
@@ -131,10 +132,27 @@ def load_corpora_config(path: Path, overrides: Sequence[str] = ()) -> CorporaCon
         set_override(tree, override)
     config = validate(CorporaConfig, tree, str(path))
     changes: dict[str, Any] = {"output": (path.parent / config.output).resolve()}
-    if config.tokenizer.path is not None and (path.parent / config.tokenizer.path).exists():
-        local = str((path.parent / config.tokenizer.path).resolve())
+    if config.tokenizer.path is not None:
+        local = _local_or_hub(config.tokenizer.path, path.parent)
         changes["tokenizer"] = config.tokenizer.model_copy(update={"path": local})
     return config.model_copy(update=changes)
+
+
+def _local_or_hub(name: str, base: Path) -> str:
+    """The absolute path when something is there, seen from `base`; else `name`, for the hub."""
+    path = base / name
+    return str(path.resolve()) if path.exists() else name
+
+
+def locate_dataset(source: DomainSource, base: Path) -> DomainSource:
+    """`source` with a local dataset's path made absolute; a hub name stays as it is.
+
+    Not done to the configuration itself: a store holds that, and would be of another one once the folder moves.
+    """
+    if source.dataset is None:
+        return source
+    dataset = source.dataset.model_copy(update={"path": _local_or_hub(source.dataset.path, base)})
+    return source.model_copy(update={"dataset": dataset})
 
 
 def find_files(name: str, source: DomainSource, base: Path) -> list[Path]:

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mixwright.data_mixing.errors import DataError, nearest
+from mixwright.data_mixing.errors import nearest
 from mixwright.data_mixing.hub import read_dataset_rows
 from mixwright.data_mixing.plain_data import parse_json
+from mixwright.data_mixing.staging import storage_error
 from mixwright.data_mixing.units import Unit
 
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -34,7 +35,7 @@ class BadDocument:
 
 
 def read_unit(unit: Unit) -> Iterator[str | BadDocument]:
-    """The documents of a unit, in order; raises DataError when the file itself cannot be read."""
+    """The documents of a unit, in order; raises DataError when the file itself cannot be read (Resumable: for now)."""
     readers: dict[str, Callable[[Unit], Iterator[str | BadDocument]]] = {
         "text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet,
         "docstrings": _read_docstrings, "dataset": _read_table,
@@ -42,7 +43,7 @@ def read_unit(unit: Unit) -> Iterator[str | BadDocument]:
     try:
         yield from readers[unit.format](unit)
     except OSError as error:
-        raise DataError(f"{unit.path}: cannot be read: {error.strerror or error}") from None
+        raise storage_error(f"{unit.path}: cannot be read", error) from None
 
 
 # --- readers ----------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from typing import Any
 
 from mixwright.data_mixing.corpora import DatasetSource, DomainSource
 from mixwright.data_mixing.errors import DataError, nearest
-from mixwright.data_mixing.staging import Resumable, atomic_file
+from mixwright.data_mixing.staging import Resumable, atomic_file, storage_error
 from mixwright.data_mixing.units import UNIT_BYTES, Unit
 
 _SHUFFLE_BUFFER = 10_000
 
 
 def open_dataset(source: DatasetSource) -> Any:
-    """The table (or stream) of a source; raises DataError when it cannot be loaded."""
+    """The table (or stream) of a source; raises DataError when it cannot be loaded (Resumable: for now)."""
     import datasets  # two seconds, needed only by those who use it
 
     try:
@@ -29,6 +29,8 @@ def open_dataset(source: DatasetSource) -> Any:
         return datasets.load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=source.streaming
         )
+    except OSError as error:
+        raise storage_error(f"{describe(source)}: cannot be loaded", error) from None
     except Exception as error:  # the network stack below has no common exception
         raise DataError(f"{describe(source)}: cannot be loaded: {' '.join(str(error).split())}") from None
 

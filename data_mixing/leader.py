@@ -7,10 +7,13 @@ commits what the controller proposed; it does not need the controller to be aliv
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -24,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.1
 RETRY_INTERVAL_S = 5.0
-REACH_STEPS = 64
-"""A policy with `at_step` is committed this many steps early, so that a slow journal does not make it late."""
+REACH_STEPS, REACH_S = 64, 2.0
+"""A policy with `at_step` is committed so many steps early, or so long, so that a slow journal does not make it late.
+No earlier: what is submitted from then on cannot take effect before it."""
 STILL_WAITING_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
 COMMIT_TIMEOUT_S = 120.0
@@ -50,6 +54,7 @@ class Leader:
         self._stopping, self._wake = threading.Event(), threading.Event()
         self._state = threading.Condition()
         self._current_step = start_step
+        self._began: deque[tuple[float, int]] = deque(maxlen=8)
         self._writing_effective_step: int | None = None
         self._boundary: int | None = None
         self._give_up_at: int | None = None
@@ -88,6 +93,7 @@ class Leader:
         self._raise_failure()
         with self._state:
             self._current_step = step
+            self._began.append((time.monotonic(), step))
             clear = self._state.wait_for(lambda: not self._is_too_close(step), timeout=COMMIT_TIMEOUT_S)
         if not clear:
             raise JournalError(f"{self._journal.folder}: a commit could not be written within {COMMIT_TIMEOUT_S:g} s")
@@ -224,7 +230,13 @@ class Leader:
         if self._history.commits:
             soonest = max(soonest, self._history.commits[-1].effective_step)
         wanted = policy.at_step if policy.at_step is not None else soonest
-        return None if wanted > soonest + REACH_STEPS else max(wanted, soonest)
+        return None if wanted > soonest + self._reach() else max(wanted, soonest)
+
+    def _reach(self) -> int:
+        """Steps that may begin within REACH_S, by the fastest of the newest ones; REACH_STEPS at most."""
+        pairs = itertools.pairwise(self._began)
+        fastest = min(((after - before) / max(step - last, 1) for (before, last), (after, step) in pairs), default=0.0)
+        return math.ceil(REACH_S / max(fastest, REACH_S / REACH_STEPS))
 
     def _commit(self, lsn: int, policy: PolicyEntry, effective_step: int) -> None:
         """Commit, unless somebody wrote in between (a CANCEL of this policy, maybe): then the next look decides."""

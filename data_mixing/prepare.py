@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixwright.data_mixing.build import Build, Progress
+from mixwright.data_mixing.config_file import differences
 from mixwright.data_mixing.corpora import CorporaConfig
 from mixwright.data_mixing.errors import DataError
 from mixwright.data_mixing.manifest import MANIFEST, Manifest, write_manifest
@@ -36,7 +37,8 @@ def prepare(config: CorporaConfig, base: Path, *, replace: bool = False, progres
     """Make the token store that `config` describes; relative source paths start at `base`.
 
     Raises DataError for unusable input, for a finished store of other content at `config.output` (which `replace`
-    allows to replace), and for a full disk. After the latter, or a kill, the same call continues.
+    allows to replace), and for a full disk or storage that fails (Resumable). After those, or a kill, the same call
+    continues.
     """
     inputs = find_inputs(config, base)
     signature = source_signature(config, inputs)
@@ -106,25 +108,13 @@ def _finished_store(config: CorporaConfig, replace: bool) -> Manifest | None:
         manifest = TokenStore.open(output).manifest
     except DataError as error:
         raise DataError(f"{error} (--replace does that)") from None
-    changed = _differences(manifest.config, config.determining())
+    changed = differences(manifest.config, config.determining())
     if changed:
         raise DataError(
-            f"{output}: holds a store of another configuration ({', '.join(changed[:5])} differ); "
+            f"{output}: holds a store of another configuration ({', '.join(list(changed)[:5])} differ); "
             "choose another output, or --replace it"
         )
     return manifest
-
-
-def _differences(old: object, new: object, key: str = "") -> list[str]:
-    """Dotted keys in which two nested mappings differ."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [key]
-    keys = [*old, *(name for name in new if name not in old)]
-    return [
-        difference
-        for name in keys
-        for difference in _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
-    ]
 
 
 def _continue_or_begin(building: Path, signature: str) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixwright.data_mixing.corpora import CorporaConfig, DomainSource, find_files
-from mixwright.data_mixing.errors import DataError
+from mixwright.data_mixing.corpora import CorporaConfig, DomainSource, find_files, locate_dataset
 from mixwright.data_mixing.hub import dataset_units, spool_stream
 from mixwright.data_mixing.manifest import FORMAT_VERSION, fingerprint
 from mixwright.data_mixing.scan import Task
+from mixwright.data_mixing.staging import storage_error
 from mixwright.data_mixing.units import Unit, file_units
 
 _MIN_TASK_BYTES, _MAX_TASK_BYTES, _TASKS_WANTED = 1 << 18, 64 << 20, 256
@@ -18,7 +18,7 @@ _MIN_TASK_BYTES, _MAX_TASK_BYTES, _TASKS_WANTED = 1 << 18, 64 << 20, 256
 
 @dataclass(frozen=True)
 class DomainInput:
-    """A domain and the files that its patterns match (none for a `datasets` path)."""
+    """A domain and the files that its patterns match (none for a `datasets` path, which is absolute if it is local)."""
 
     name: str
     source: DomainSource
@@ -27,7 +27,10 @@ class DomainInput:
 
 def find_inputs(config: CorporaConfig, base: Path) -> list[DomainInput]:
     """The inputs of every domain, in the order of the configuration; raises DataError when one is missing."""
-    return [DomainInput(name, source, tuple(find_files(name, source, base))) for name, source in config.domains.items()]
+    return [
+        DomainInput(name, locate_dataset(source, base), tuple(find_files(name, source, base)))
+        for name, source in config.domains.items()
+    ]
 
 
 def source_signature(config: CorporaConfig, inputs: Iterable[DomainInput]) -> str:
@@ -51,7 +54,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
     try:
         stat = file.stat()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+        raise storage_error(f"{file}: cannot be read", error) from None
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there: atomic writes, one preparer at a time, clear words on a full disk."""
+"""Files that are either complete or not there: atomic writes, one preparer at a time, clear words if storage fails."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ _DISK_FULL = {
     errno.EFBIG: "file too large",
 }
 
+_STAYS = frozenset({
+    errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
+})  # fmt: skip
+"""Errors that last until somebody changes files or permissions. Any other number (EIO, ESTALE, EROFS, ENOTCONN ...) may
+pass. That is the safe side: a passing error taken for a lasting one costs hours of work, the reverse disk space."""
+
+_CONTINUES = "run the same command again: it continues"
+
 
 class Resumable(DataError):
-    """Work stopped for want of disk or memory: what is done is kept, and the same call continues."""
+    """Work stopped for want of disk, memory or a connection: what is done is kept, and the same call continues."""
 
 
 @contextmanager
@@ -59,14 +67,23 @@ def is_complete(path: Path) -> bool:
 
 
 def write_error(path: Path, error: OSError) -> DataError:
-    """The one clear line for an error while `path` was written; Resumable when the disk is full."""
+    """The one clear line for an error while `path` was written; Resumable when the disk is full or it may pass."""
     if error.errno in _DISK_FULL:
         reason = _DISK_FULL[error.errno]
         free = shutil.disk_usage(path.parent).free
-        return Resumable(
-            f"{path}: {reason} ({free:,} bytes are free there); free some and run the same command again: it continues"
-        )
-    return DataError(f"{path}: cannot be written: {error.strerror or error}")
+        return Resumable(f"{path}: {reason} ({free:,} bytes are free there); free some and {_CONTINUES}")
+    return storage_error(f"{path}: cannot be written", error)
+
+
+def storage_error(what: str, error: OSError) -> DataError:
+    """`what: reason` as one clear line; Resumable when the error may pass without a change to any file.
+
+    Libraries raise OSError without a number for contents that they cannot read: that stays.
+    """
+    line = f"{what}: {' '.join((error.strerror or str(error)).split())}"
+    if isinstance(error, ConnectionError | TimeoutError) or (error.errno or errno.ENOENT) not in _STAYS:
+        return Resumable(f"{line}; once that is over, {_CONTINUES}")
+    return DataError(line)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mixwright.data_mixing.corpora import DatasetSource, DomainSource, Format
 from mixwright.data_mixing.errors import DataError, nearest
+from mixwright.data_mixing.staging import storage_error
 
 UNIT_BYTES = 64 << 20
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -49,7 +50,7 @@ def file_units(path: Path, source: DomainSource, unit_bytes: int = UNIT_BYTES) -
         if format == "parquet":
             return _parquet_units(path, source.text_field, size)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise storage_error(f"{path}: cannot be read", error) from None
     # Neither a gzip stream nor a document that is a whole file can be entered in the middle.
     step = unit_bytes if format == "jsonl" and path.suffix != ".gz" else max(size, 1)
     starts = range(0, max(size, 1), step)

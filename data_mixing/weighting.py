@@ -116,9 +116,10 @@ class WeightingState:
 
 def per_domain(value_S: Tensor, samples: Samples, num_domains: int) -> Tensor:
     """Sums of values of valid samples by domain, float64 [G]; deterministic on every device."""
-    valid_S = samples.valid_S
-    one_hot_SG = torch.nn.functional.one_hot(samples.domain_S, num_domains).double()
-    return one_hot_SG.T @ torch.where(valid_S, value_S, 0.0).double()
+    value_S = torch.where(samples.valid_S, value_S, 0.0).double()
+    sum_G = torch.zeros(num_domains, dtype=torch.float64, device=value_S.device)
+    # Neither index_add_ nor bincount: on CUDA those add in any order, this one sorts first.
+    return sum_G.index_put_((samples.domain_S,), value_S, accumulate=True)
 
 
 def domain_means(samples: Samples, num_domains: int) -> Tensor:
@@ -147,17 +148,29 @@ def scores(weighting: LossWeighting, samples: Samples, bag_mean_G: Tensor, runni
 
 def find_range(weighting: LossWeighting, score_S: Tensor, domain_S: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
     """Ends of the range of the scores that are there, [G] each; NaN where there is none."""
-    ends_of = torch.tensor(weighting.quantiles, dtype=score_S.dtype, device=score_S.device)
-
-    def ends(chosen_S: Tensor) -> Tensor:
-        found_S = chosen_S[torch.isfinite(chosen_S)]
-        return torch.quantile(found_S, ends_of) if len(found_S) else torch.full_like(ends_of, torch.nan)
-
+    quantile_2 = torch.tensor(weighting.quantiles, dtype=score_S.dtype, device=score_S.device)
+    is_there_S = torch.isfinite(score_S)
+    score_S, domain_S = score_S[is_there_S], domain_S[is_there_S]
+    ends_G2 = torch.full((num_domains, 2), torch.nan, dtype=score_S.dtype, device=score_S.device)
     if weighting.within == "domain":
-        ends_G2 = torch.stack([ends(score_S[domain_S == domain]) for domain in range(num_domains)])
-    else:
-        ends_G2 = ends(score_S).expand(num_domains, 2)
+        domain_P, ends_P2 = _quantiles_by_domain(score_S, domain_S, quantile_2)
+        ends_G2[domain_P] = ends_P2
+    elif len(score_S):
+        ends_G2[:] = torch.quantile(score_S, quantile_2)
     return ends_G2[:, 0], ends_G2[:, 1]
+
+
+def _quantiles_by_domain(score_S: Tensor, domain_S: Tensor, quantile_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """The P domains that are present, int64 [P], and the quantiles of their scores [P, Q], as torch.quantile's."""
+    by_score_S = torch.argsort(score_S)
+    order_S = by_score_S[torch.argsort(domain_S[by_score_S], stable=True)]
+    domain_P, count_P = torch.unique_consecutive(domain_S[order_S], return_counts=True)
+    first_P1 = (torch.cumsum(count_P, dim=0) - count_P)[:, None]
+    place_PQ = quantile_Q * (count_P[:, None] - 1)
+    below_PQ = place_PQ.long()
+    sorted_S = score_S[order_S]
+    low_PQ, high_PQ = sorted_S[first_P1 + below_PQ], sorted_S[first_P1 + place_PQ.ceil().long()]
+    return domain_P, torch.lerp(low_PQ, high_PQ, place_PQ - below_PQ)
 
 
 def exponents(weighting: LossWeighting, score_S: Tensor, domain_S: Tensor, low_G: Tensor, high_G: Tensor) -> Tensor:

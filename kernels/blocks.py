@@ -1,7 +1,8 @@
 """Passes over the rows of a head, block by block: what engines A, R and S have in common.
 
 Matmuls are torch's (oneDNN, cuBLAS); the work on rows of logits is done by `rows_torch` or `rows_triton`. Blocks of
-rows whose gradient is kept need no scratch and are as large as matmuls like them; the others share a bounded scratch.
+rows whose gradient is kept are formed in its place, as large as matmuls like them; the others share a bounded scratch.
+Logits that are float32 beside 16-bit inputs have no such place: on a GPU their blocks keep to the bound of the scratch.
 """
 
 from __future__ import annotations
@@ -99,18 +100,32 @@ def rows_per_scratch(vocabulary: int, row_dtype: torch.dtype, device: torch.devi
     return max(64, min(largest, budget // max(1, vocabulary * row_dtype.itemsize)))
 
 
+def rows_per_cached_block(vocabulary: int, dtype: torch.dtype, device: torch.device, *, precise: bool) -> int:
+    """Rows of a block whose gradient is kept: on a GPU those of a scratch, unless the logits fit in its place."""
+    if device.type == "cpu":
+        return CPU_CACHED_ROWS
+    if _formed_in_place(dtype, device, precise):
+        return GPU_CACHED_ROWS
+    return min(GPU_CACHED_ROWS, rows_per_scratch(vocabulary, torch.float32, device))
+
+
 def gradient_blocks(head: HeadInputs, cache_CV: Tensor, options: RowOptions) -> Iterator[Block]:
     """Pass over all rows. The gradient of the first C rows stays in `cache_CV`, that of the others is overwritten."""
-    for block in logit_blocks(head, cache_CV, precise=options.precise):
+
+    def row_pass(block: LogitBlock) -> Block:
         stats = _unit_gradient_(block, head, options)
-        yield Block(block.span, block.hidden_nD, block.gradient(), stats)
+        return Block(block.span, block.hidden_nD, block.gradient(), stats)
+
+    # unlike a loop, map drops the logits of a block before the next ones are made
+    return map(row_pass, logit_blocks(head, cache_CV, precise=options.precise))
 
 
 def logit_blocks(head: HeadInputs, cache_CV: Tensor, *, precise: bool) -> Iterator[LogitBlock]:
     """Raw logits of all rows, block by block: of the first C rows in `cache_CV`, of the others in one scratch."""
     num_rows, vocabulary = head.hidden_ND.shape[0], head.weight_VD.shape[0]
     num_cached, device = cache_CV.shape[0], head.hidden_ND.device
-    for span in _spans(0, num_cached, CPU_CACHED_ROWS if device.type == "cpu" else GPU_CACHED_ROWS):
+    cached_rows = rows_per_cached_block(vocabulary, head.hidden_ND.dtype, device, precise=precise)
+    for span in _spans(0, num_cached, cached_rows):
         yield _logit_block(head, span, cache_CV[span], precise)
     block_rows = min(num_rows - num_cached, rows_per_scratch(vocabulary, head.row_dtype, device))
     scratch_nV = head.hidden_ND.new_empty(block_rows, vocabulary)
@@ -122,8 +137,7 @@ def raw_logits(
     hidden_nD: Tensor, weight_vD: Tensor, bias_v: Tensor | None, out_nv: Tensor, *, precise: bool = False
 ) -> Tensor:
     """hidden @ weight.T + bias, [n, v]: in `out_nv` where the row kernels read its dtype, else a new float32 tensor."""
-    keeps_16_bits = row_kernels(out_nv.device, out_nv.dtype).KEEPS_16_BITS and not precise
-    if keeps_16_bits or out_nv.dtype in (torch.float32, torch.float64):
+    if _formed_in_place(out_nv.dtype, out_nv.device, precise):
         if bias_v is None:
             return torch.mm(hidden_nD, weight_vD.T, out=out_nv)
         return torch.addmm(bias_v, hidden_nD, weight_vD.T, out=out_nv)
@@ -185,6 +199,14 @@ def add_onehot_rows_(gradients: Gradients, head: HeadInputs, hidden_ND: Tensor, 
         scatter_add_rows_(gradients.weight_VD, columns_N, onehot_N[:, None] * hidden_ND)
     if gradients.bias_V is not None:
         scatter_add_rows_(gradients.bias_V, columns_N, onehot_N)
+
+
+def _formed_in_place(dtype: torch.dtype, device: torch.device, precise: bool) -> bool:
+    """Whether the row kernels read logits of the dtype of the inputs."""
+    if dtype in (torch.float32, torch.float64):
+        return True
+    keeps_16_bits: bool = row_kernels(device, dtype).KEEPS_16_BITS
+    return keeps_16_bits and not precise
 
 
 def _sum_per_index(index_N: Tensor, rows_N: Tensor) -> tuple[Tensor, Tensor]:

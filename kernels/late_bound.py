@@ -80,7 +80,7 @@ def forward_late_bound(
         span, stats = block.span, block.stats
         _store(losses, span, stats)
         slope_N[span] = stats.target_slope_n
-        lse_error_N[span] = stats.nll_n - (stats.lse_n - stats.target_logit_n)
+        lse_error_N[span] = lse_error(stats.nll_n, stats.lse_n, stats.target_logit_n)
         if needs_dhidden and span.stop <= num_cached:
             torch.mm(block.gradient_nV, head.weight_VD, out=unit_dhidden_CD[span])
     mark_dead_rows_(losses, head)
@@ -129,7 +129,9 @@ def bind_coefficients(
 ) -> Gradients:
     """Gradients of sum_i coefficient_i * G_i + onehot_i * x_i[y_i]; G was cached or is formed again."""
     num_cached = saved.gradient_CV.shape[0]
-    hidden_ND = head.live_hidden()
+    # lse is NaN in dead rows, and not finite where logits overflowed: 0 * NaN shall meet no sum
+    lost_N = ~(saved.lse_N.isfinite() & head.has_target())
+    hidden_ND = head.hidden_ND.masked_fill(lost_N[:, None], 0)
     bound_ND, scale = bind_rows(hidden_ND, coefficient_N)
     out = needs.empty(head)
     cached, others = slice(0, num_cached), slice(num_cached, None)
@@ -159,6 +161,12 @@ def row_coefficients(
 
     coefficient_N = settle(parts[0] if len(parts) == 1 else parts[0] + parts[1])
     return coefficient_N, None if dlse_N is None else settle(dlse_N) * saved.target_slope_N
+
+
+def lse_error(nll_n: Tensor, lse_n: Tensor, target_logit_n: Tensor) -> Tensor:
+    """nll - (lse - t), what rounding took from lse; 0 in rows that are not finite, which have no such thing."""
+    error_n = nll_n - (lse_n - target_logit_n)
+    return torch.where(error_n.isfinite(), error_n, 0)
 
 
 def _cached_rows_into(out: Gradients, saved: Saved, coefficient_C: Tensor, bound_CD: Tensor) -> None:

@@ -10,7 +10,8 @@ With z = softcap(x) / T, p = softmax(z) and slope = dsoftcap/dx = 1 - tanh(x/cap
 The factor 1/T of dz/dx is a number per row and is left to the caller, who multiplies rows of [n, D] by it.
 `torch.softmax(z, 1, out=z)` is one vectorised pass. No pass looks for the row maximum: with t = z[y] and p_y read
 back after the softmax, nll = -log p_y and lse = t + nll. Rows whose p_y underflows are computed once more.
-A shard may not hold the target, so that its pass does look for the maximum.
+A shard may not hold the target, so that its pass does look for the maximum. Rows whose lse is not finite (overflow)
+get a zero gradient, so that weight 0 silences them; the caller's coefficient makes those that count visible.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def unit_gradient_(
     target_slope_n = torch.ones_like(nll_n)
     if slope_nv is not None:
         logits_nv.mul_(slope_nv)
-        target_slope_n = slope_nv.gather(1, target_n1)[:, 0]
+        target_slope_n = slope_nv.gather(1, target_n1)[:, 0].nan_to_num(0)
+    logits_nv[(~lse_n.isfinite()).nonzero()[:, 0]] = 0
     return RowStats(nll_n, lse_n, target_logit_n, target_slope_n, entropy_n, correct_n)
 
 
@@ -120,7 +122,6 @@ def shard_gradient_(
     log_sum_n = -logits_nv.amax(1).log()  # the largest p is 1 / sum e^(z - m), and never underflows
     finite_n = peak_n.isfinite()
     log_sum_n.masked_fill_(peak_n == -torch.inf, -torch.inf)
-    logits_nv[(~finite_n).nonzero()[:, 0]] = 0
     entropy_n = None
     if shifted_nv is not None:
         entropy_n = log_sum_n - torch.where(logits_nv > 0, logits_nv * shifted_nv, 0).sum(1)
@@ -129,7 +130,8 @@ def shard_gradient_(
     target_slope_n = inside_n.to(logits_nv.dtype)
     if slope_nv is not None:
         logits_nv.mul_(slope_nv)
-        target_slope_n = target_slope_n * slope_nv.gather(1, column_n1)[:, 0]
+        target_slope_n = target_slope_n * slope_nv.gather(1, column_n1)[:, 0].nan_to_num(0)
+    logits_nv[(~finite_n).nonzero()[:, 0]] = 0
     return ShardStats(peak_n, log_sum_n, target_logit_n, target_slope_n, entropy_n)
 
 

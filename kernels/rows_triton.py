@@ -13,6 +13,7 @@ row is one program and a sum has one order, so two runs give the same bits. Row 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import triton
@@ -61,24 +62,25 @@ def shard_gradient_(
     peak_n, log_sum_n = logits_nv.new_full((2, num_rows), -torch.inf, dtype=torch.float32)
     target_logit_n, slope_n, entropy_n = logits_nv.new_zeros(3, num_rows, dtype=torch.float32)
     if num_rows and num_columns:
-        _unit_gradient_kernel[(num_rows,)](
-            logits_nv,
-            logits_nv.stride(0),
-            columns_n,
-            inv_temperature_n,
-            peak_n,
-            log_sum_n,
-            target_logit_n,
-            slope_n,
-            entropy_n,
-            num_columns,
-            1.0 if softcap is None else float(softcap),
-            HAS_CAP=softcap is not None,
-            HAS_TEMPERATURE=inv_temperature_n is not None,
-            ENTROPY=entropy,
-            BLOCK=_columns_per_block(logits_nv),
-            num_warps=NUM_WARPS,
-        )
+        with _device_of(logits_nv):
+            _unit_gradient_kernel[(num_rows,)](
+                logits_nv,
+                logits_nv.stride(0),
+                columns_n,
+                inv_temperature_n,
+                peak_n,
+                log_sum_n,
+                target_logit_n,
+                slope_n,
+                entropy_n,
+                num_columns,
+                1.0 if softcap is None else float(softcap),
+                HAS_CAP=softcap is not None,
+                HAS_TEMPERATURE=inv_temperature_n is not None,
+                ENTROPY=entropy,
+                BLOCK=_columns_per_block(logits_nv),
+                num_warps=NUM_WARPS,
+            )
     return ShardStats(peak_n, log_sum_n, target_logit_n, slope_n, entropy_n if entropy else None)
 
 
@@ -95,22 +97,29 @@ def sliced_gradient_(
     num_rows, num_columns = logits_nv.shape
     block = _columns_per_block(logits_nv)
     if num_rows:
-        _sliced_gradient_kernel[(num_rows, triton.cdiv(num_columns, block))](
-            logits_nv,
-            logits_nv.stride(0),
-            columns_n,
-            inv_temperature_n,
-            lse_n,
-            lse_error_n,
-            *(entropy_terms or (None, None, None)),
-            num_columns,
-            1.0 if softcap is None else float(softcap),
-            HAS_CAP=softcap is not None,
-            HAS_TEMPERATURE=inv_temperature_n is not None,
-            ENTROPY=entropy_terms is not None,
-            BLOCK=block,
-            num_warps=NUM_WARPS,
-        )
+        with _device_of(logits_nv):
+            _sliced_gradient_kernel[(num_rows, triton.cdiv(num_columns, block))](
+                logits_nv,
+                logits_nv.stride(0),
+                columns_n,
+                inv_temperature_n,
+                lse_n,
+                lse_error_n,
+                *(entropy_terms or (None, None, None)),
+                num_columns,
+                1.0 if softcap is None else float(softcap),
+                HAS_CAP=softcap is not None,
+                HAS_TEMPERATURE=inv_temperature_n is not None,
+                ENTROPY=entropy_terms is not None,
+                BLOCK=block,
+                num_warps=NUM_WARPS,
+            )
+
+
+def _device_of(logits_nv: Tensor) -> AbstractContextManager[None]:
+    """Makes the device of the logits current, as a launch requires; nothing for CPU tensors."""
+    guard: AbstractContextManager[None] = torch.cuda.device_of(logits_nv)  # type: ignore[no-untyped-call]
+    return guard
 
 
 def _columns_per_block(logits_nv: Tensor) -> int:
@@ -193,7 +202,7 @@ def _unit_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(peak_ptr + row, peak)
     tl.store(log_sum_ptr + row, log_total)
     tl.store(target_logit_ptr + row, tl.where(is_here, target_logit, 0.0))
-    tl.store(slope_ptr + row, tl.where(is_here, target_slope, 0.0))
+    tl.store(slope_ptr + row, tl.where(is_here & (target_slope == target_slope), target_slope, 0.0))
     if ENTROPY:
         tl.store(entropy_ptr + row, entropy)
 

@@ -62,7 +62,8 @@ def taught_losses(
 ) -> TaughtLosses:
     """Losses of every token; gradients flow from `loss_N` to `hidden_ND` and `weight_VD`.
 
-    Rows that are not counted (bool [N]) are 0 and influence nothing. Without labels there is no cross-entropy.
+    Rows that are not counted (bool [N]) are 0 and influence nothing. Without labels there is no cross-entropy. Counted
+    rows that are not finite influence nothing while their upstream gradient is 0; otherwise the gradients are NaN.
     """
     return TaughtLosses(
         *_Taught.apply(hidden_ND, weight_VD, target_of, counted_N, labels_N, scales)  # type: ignore[no-untyped-call]
@@ -83,6 +84,7 @@ class _Taught(torch.autograd.Function):
         (num_rows, _), vocabulary = hidden_ND.shape, weight_VD.shape[0]
         row_dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        live_N = counted_N.clone()
         kl_N, nll_N, lse_N = (hidden_ND.new_zeros(num_rows, dtype=row_dtype) for _ in range(3))
         gradient_NV = hidden_ND.new_empty(num_rows if needs_weight else 0, vocabulary)
         unit_dhidden_ND = torch.empty_like(hidden_ND) if needs_hidden else hidden_ND.new_empty(0)
@@ -95,14 +97,18 @@ class _Taught(torch.autograd.Function):
             direct = needs_weight and row_dtype == hidden_ND.dtype
             out_nV = gradient_NV[span] if direct else torch.empty_like(logits_nV)
             kl_N[span], nll_N[span], lse_N[span] = _rows(logits_nV, span, target_of, labels_n1, scales, out_nV)
+            finite_n = lse_N[span].isfinite() & ~kl_N[span].isnan()
+            live_N[span] &= finite_n
             block_nV = out_nV.to(hidden_ND.dtype)
+            if not _all_on_cpu(finite_n):  # 0 * NaN shall meet no sum
+                block_nV.masked_fill_(~finite_n[:, None], 0)
             if needs_weight and not direct:
                 gradient_NV[span] = block_nV
             if needs_hidden:
                 torch.mm(block_nV, weight_VD, out=unit_dhidden_ND[span])
         for losses_N in (kl_N, nll_N, lse_N):
             losses_N.masked_fill_(~counted_N, 0)
-        ctx.save_for_backward(hidden_ND, gradient_NV, unit_dhidden_ND, counted_N)
+        ctx.save_for_backward(hidden_ND, gradient_NV, unit_dhidden_ND, counted_N, live_N)
         ctx.mark_non_differentiable(nll_N, lse_N, kl_N)
         ctx.set_materialize_grads(False)
         return scales.ce * nll_N + scales.kl * kl_N, nll_N, lse_N, kl_N
@@ -111,13 +117,14 @@ class _Taught(torch.autograd.Function):
     def backward(ctx: Any, dloss_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dloss_N is None:
             return None, None, None, None, None, None
-        hidden_ND, gradient_NV, unit_dhidden_ND, counted_N = ctx.saved_tensors
+        hidden_ND, gradient_NV, unit_dhidden_ND, counted_N, live_N = ctx.saved_tensors
         coefficient_N = dloss_N.masked_fill(~counted_N, 0)
+        coefficient_N = torch.where(live_N | (coefficient_N == 0), coefficient_N, torch.nan)
         dhidden_ND = dweight_VD = None
         if ctx.needs_input_grad[0]:
             dhidden_ND = (coefficient_N[:, None] * unit_dhidden_ND).to(hidden_ND.dtype)
         if ctx.needs_input_grad[1]:
-            bound_ND, scale = bind_rows(hidden_ND.masked_fill(~counted_N[:, None], 0), coefficient_N)
+            bound_ND, scale = bind_rows(hidden_ND.masked_fill(~live_N[:, None], 0), coefficient_N)
             dweight_VD = torch.mm(gradient_NV.T, bound_ND)
             dweight_VD = dweight_VD if scale is None else dweight_VD.mul_(scale)
         return dhidden_ND, dweight_VD, None, None, None, None

@@ -55,14 +55,16 @@ def forward_stream(head: HeadInputs, weights: Weights, needs: Needs, *, precise:
     for block in gradient_blocks(head, no_cache, RowOptions(precise=precise)):
         span, stats = block.span, block.stats
         nll_N[span], lse_N[span] = stats.nll_n, stats.lse_n
-        dlse_n = 2 * weights.z_loss * weights.squared_lse_N[span] * stats.lse_n
+        finite_n, has_target_n = live_N[span] & stats.lse_n.isfinite(), head.has_target()[span]
+        z_weight_n = 2 * weights.z_loss * weights.squared_lse_N[span]
+        dlse_n = torch.where(z_weight_n == 0, 0, z_weight_n * stats.lse_n)
         coefficient_n = weights.nll_N[span] + dlse_n
         if head.inv_temperature_N is not None:
             coefficient_n, dlse_n = (part_n * head.inv_temperature_N[span] for part_n in (coefficient_n, dlse_n))
-        onehot_N[span] = dlse_n * stats.target_slope_n
-        _accumulate_(out, head.weight_VD, block, _settle(coefficient_n, live_N[span], head.has_target()[span]))
+        onehot_N[span] = _settle(dlse_n, finite_n, has_target_n) * stats.target_slope_n
+        _accumulate_(out, head.weight_VD, block, _settle(coefficient_n, finite_n, has_target_n))
     if weights.z_loss != 0:
-        add_onehot_rows_(out, head, head.live_hidden(), _settle(onehot_N, live_N, head.has_target()))
+        add_onehot_rows_(out, head, head.live_hidden(), onehot_N)
     nll_N, lse_N = (torch.where(live_N, loss_N, torch.nan) for loss_N in (nll_N, lse_N))
     nll_N, lse_N = (torch.where(head.has_target(), loss_N, 0) for loss_N in (nll_N, lse_N))
     loss_sum = weighted_sum(nll_N, weights.nll_N)
@@ -82,10 +84,10 @@ def _zero_gradients(head: HeadInputs, needs: Needs) -> Gradients:
     )
 
 
-def _settle(coefficient_n: Tensor, live_n: Tensor, has_target_n: Tensor) -> Tensor:
+def _settle(coefficient_n: Tensor, finite_n: Tensor, has_target_n: Tensor) -> Tensor:
     """0 for ignored rows; NaN for a row that is not finite and does count, so that the step is seen to be lost."""
     coefficient_n = torch.where(has_target_n, coefficient_n, 0)
-    return torch.where(live_n | (coefficient_n == 0), coefficient_n, torch.nan)
+    return torch.where(finite_n | (coefficient_n == 0), coefficient_n, torch.nan)
 
 
 def _accumulate_(out: Gradients, weight_VD: Tensor, block: Block, coefficient_n: Tensor) -> None:

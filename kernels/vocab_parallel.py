@@ -37,6 +37,7 @@ from mixwright.kernels.late_bound import (
     Upstream,
     backward_with_entropy,
     bind_coefficients,
+    lse_error,
     mark_dead_rows_,
     row_coefficients,
 )
@@ -177,6 +178,7 @@ def _shard_pass(
         gradient_nv = block.gradient()
         if span.stop <= unit_dhidden_CD.shape[0]:
             torch.mm(gradient_nv, head.weight_VD, out=unit_dhidden_CD[span])
+        del block  # its float32 logits, before the next ones are made
     return stats_KN, slope_N
 
 
@@ -200,7 +202,7 @@ def _merge(stats_RKN: Tensor, rank: int, head: HeadInputs, options: RowOptions) 
     total_N = _fold(mass_RN)
     log_total_N = total_N.log()
     nll_N, lse_N = log_total_N - (target_N - peak_N), peak_N + log_total_N
-    lse_error_N = nll_N - (lse_N - target_N)
+    lse_error_N = lse_error(nll_N, lse_N, target_N)
     share_RN = torch.where(total_N.isfinite() & (total_N > 0), mass_RN / total_N, 0)
     entropy_N = correct_N = nll_N.new_empty(0)
     if options.entropy:  # of the whole: sum of share (entropy of the shard - log share)

@@ -14,8 +14,8 @@ from typing import Any
 from mixwright.launch.parent import end_with_parent
 
 FAILED, CRASHED, INTERRUPTED = 1, 70, 75
-"""Exit codes beside 0, 2 and 3. Python's own for an exception is 1, which here means a known reason (NonFiniteLoss),
-so an exception that nobody expected ends a rank with 70 (EX_SOFTWARE)."""
+"""Exit codes of a rank beside 0, 2 and 3. Python's own for an exception is 1, which here means a known reason
+(NonFiniteLoss), so an exception that nobody expected ends a rank with 70 (EX_SOFTWARE)."""
 JOB_FAILED = 76
 """What FAILED is for a whole job: its 1 is Python's and Ray's own."""
 PARENT = "MIXWRIGHT_PARENT"

@@ -11,27 +11,24 @@ interrupted and resumable (run the same command again).
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixwright.data_mixing.errors import ConfigError
 from mixwright.launch.console import RunConsole
-from mixwright.launch.distill_commands import STUDENT, prepare_from
+from mixwright.launch.distill_commands import prepare_from, prepared_student
 from mixwright.launch.rank_command import pretrain_job, run_rank
-from mixwright.pretrain.config import PretrainConfig, load_pretrain_config
+from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.distill.config import load_distill_config
 
 
 def student_run(path: Path, overrides: Sequence[str], console: RunConsole) -> PretrainConfig:
-    """The student's run, prepared here or, for several ranks, before. Raises ConfigError when it is not."""
+    """The student's run, prepared here or, for several ranks, before, from the same settings. Raises ConfigError."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return prepare_from(path, overrides, console)
-    config, _ = load_distill_config(path, overrides)
-    student = config.folder / STUDENT
-    if not student.is_file():
-        raise ConfigError(f"{student}: no such file: run `mixwright distill prepare {path}` before several ranks")
-    return load_pretrain_config(student)
+    command = shlex.join(["mixwright", "distill", "prepare", str(path), *overrides])
+    return prepared_student(*load_distill_config(path, overrides), to_prepare=f"run `{command}`")
 
 
 def main() -> int:

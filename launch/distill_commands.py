@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 STUDENT = "student.yaml"
 """The student's run as it was prepared, below the distillation's folder."""
+SOURCE = "student.source.json"
+"""What the student's run was made of, beside it; written last."""
 
 app = typer.Typer(
     help="Distil teachers into one student, from their logits, their samples, or both.",
@@ -36,7 +39,7 @@ def _distill() -> None:
 @app.command(
     epilog=examples(
         "mixwright distill prepare configs/ensemble/distill.yaml",
-        "mixwright distill prepare configs/ensemble/distill.yaml student.run.name=student-2 --json",
+        "mixwright distill prepare configs/ensemble/distill.yaml logits.share=0.5 --json",
     )
 )
 def prepare(
@@ -71,9 +74,37 @@ def prepare_run(config: DistillConfig, base: PretrainConfig, console: RunConsole
 
     ensure_store(base, console)
     student = prepare_student(config, base, console.say, stage_progress(console.say))
-    written = config.folder / STUDENT
-    config.folder.mkdir(parents=True, exist_ok=True)
+    written, source = config.folder / STUDENT, config.folder / SOURCE
+    source.unlink(missing_ok=True)
     with atomic_file(written) as file:
         file.write(yaml.safe_dump(student.model_dump(mode="json"), sort_keys=False).encode())
+    with atomic_file(source) as file:
+        file.write(json.dumps(_made_of(config, base), indent=1).encode())
     console.say(f"the student's run: {written} ({student.training.num_steps} steps)")
     return student
+
+
+def prepared_student(config: DistillConfig, base: PretrainConfig, to_prepare: str) -> PretrainConfig:
+    """The student's run as it was prepared before. Raises ConfigError when it was not, or from something else."""
+    from mixwright.data_mixing.config_file import shown_differences
+    from mixwright.data_mixing.errors import ConfigError
+    from mixwright.data_mixing.plain_data import read_json_object
+    from mixwright.pretrain.config import load_pretrain_config
+
+    student = config.folder / STUDENT
+    try:
+        made_of = read_json_object(config.folder / SOURCE, strict=True)
+    except (OSError, ValueError):
+        raise ConfigError(f"{student}: not prepared, or not to the end: {to_prepare} before several ranks") from None
+    differing = shown_differences(made_of, _made_of(config, base))
+    if differing:
+        raise ConfigError(f"{student}: was prepared from other settings ({differing}): {to_prepare} again")
+    return load_pretrain_config(student)
+
+
+def _made_of(config: DistillConfig, base: PretrainConfig) -> dict[str, Any]:
+    """What decides the student's run, wherever the files are that say it."""
+    return {
+        "distillation": config.model_dump(mode="json", exclude={"run", "folder"}),
+        "run": base.model_dump(mode="json", exclude={"data": {"prepare"}}),
+    }

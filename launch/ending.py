@@ -6,6 +6,7 @@
 | 1 | what was asked for was done and did not go well: a run failed, a decision differs, a check of `doctor` fails |
 | 2 | bad input, or refused: the message says what was expected |
 | 3 | the service, Ray or the time that it needs cannot be had |
+| 70 | a rank broke: a traceback, which is a fault, or the ranks lost each other |
 | 75 | training was interrupted after a checkpoint: the same command goes on |
 | 130 | ended by Ctrl-C |
 """

@@ -75,9 +75,10 @@ def _prepare_student(config: StudentConfig, console: RunConsole) -> int:
 
 
 def _train_student(config: StudentConfig, console: RunConsole) -> int:
-    from mixwright.launch.distill_commands import STUDENT
+    from mixwright.launch.distill_commands import prepared_student
 
-    return _pretrain(load_pretrain_config(config.distillation.folder / STUDENT), console)
+    to_prepare = "another job prepared there; give each a `folder` of its own and submit this one"
+    return _pretrain(prepared_student(config.distillation, config.run, to_prepare), console)
 
 
 STAGES: dict[StageName, Stage] = {

@@ -2,8 +2,8 @@
 
 Also starts with plain `python` (one process) and `torchrun`. The same command resumes a run that was interrupted.
 
-Exit codes: 0 done, 1 training failed, 2 bad input or the run is in use, 3 a required service is unavailable, 75
-interrupted and resumable (run the same command again).
+Exit codes: 0 done, 1 training failed, 2 bad input or the run is in use, 3 a required service is unavailable, 70 a
+traceback (a fault, or the ranks lost each other), 75 interrupted and resumable (run the same command again).
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from mixwright.data_mixing.errors import MixingError
+from mixwright.launch.cluster_rank import CRASHED
 from mixwright.launch.console import RunConsole
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.ranks import launched_rank
@@ -17,8 +19,8 @@ from mixwright.pretrain.ranks import launched_rank
 LEADER_SPEAKS_S = 2.0
 """Launchers end all ranks once one has ended: the others give the leader so long to say why."""
 
-SAME_ON_ALL_RANKS = (2, 3)
-"""Exit codes of errors in configuration and data, which every rank meets."""
+OFTEN_SAME_ON_ALL_RANKS = (2, 3)
+"""Exit codes of errors in configuration and data: most are met by every rank, some by those of one node."""
 
 Config = TypeVar("Config")
 
@@ -53,13 +55,20 @@ def run_rank(description: str, example: str, run_of: RunOf[Config], job: Job[Con
 
 
 def ended(console: RunConsole, job: Callable[[], int]) -> int:
-    """The exit code of this rank's job; every expected failure is one line on standard error."""
+    """The exit code of this rank's job; every expected failure is one line on standard error.
+
+    An exception that nobody expected is CRASHED: Python's own code for it is 1, which here means a known reason.
+    """
+    rank = launched_rank()
     try:
         return job()
     except MixingError as error:
         console.close()
-        if launched_rank() == 0 or error.exit_code not in SAME_ON_ALL_RANKS:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(LEADER_SPEAKS_S)
+        if rank and error.exit_code in OFTEN_SAME_ON_ALL_RANKS:
+            time.sleep(LEADER_SPEAKS_S)  # who is still there after that has met it alone
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception:
+        console.close()
+        traceback.print_exc()
+        return CRASHED

@@ -3,8 +3,8 @@
 Starts with plain python, `deepspeed`, `accelerate launch` or `torchrun`, like launch/pretrain.py. Tokenised pairs and
 reference log-probabilities are made once and kept. The same command goes on where it was interrupted.
 
-Exit codes: 0 done, 1 training failed, 2 bad input or the run is in use, 75 interrupted and resumable (run the same
-command again).
+Exit codes: 0 done, 1 training failed, 2 bad input or the run is in use, 70 a traceback (a fault, or the ranks lost each
+other), 75 interrupted and resumable (run the same command again).
 """
 
 from __future__ import annotations

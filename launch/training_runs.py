@@ -15,23 +15,31 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from mixwright.data_mixing.config_file import StrictModel
+from mixwright.data_mixing.config_file import StrictModel, load_config, shown_differences
+from mixwright.data_mixing.history import RunHistory
+from mixwright.data_mixing.manifest import MANIFEST, read_manifest
+from mixwright.data_mixing.staging import atomic_file
 from mixwright.launch.parent import end_with_parent
 from mixwright.launch.ray_tasks import TaskMap, TaskOptions, task_map
 from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.ensemble.config import ResourcesConfig
-from mixwright.pretrain.errors import NonFiniteLoss, RunInUse, TrainingError
+from mixwright.pretrain.errors import CheckpointMismatch, RunInUse, TrainingError
 from mixwright.pretrain.metrics import read_metrics
-from mixwright.pretrain.rundir import read_history, sole_trainer
+from mixwright.pretrain.rundir import DIVERGED, read_history, sole_trainer
 
 SCRIPT = Path(__file__).with_name("pretrain.py")
+LAUNCHED = "launch.yaml"
+"""What the run was last started with, below its folder."""
 LOG = "log.txt"
-DIVERGED = "diverged.txt"
 ATTEMPTS = 3
 """Of a run that asks to be started again (exit code 75) or is killed."""
+GOES_ON = (75, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL)
+TORCHRUN_FAILED = 1
+"""What torchrun makes of any exit code of a rank, 75 and kills among them."""
 RELEASE_TIMEOUT_S = 60.0
 """How long a run may still be held by a process that is about to end."""
 
@@ -80,16 +88,13 @@ def perform_run(launch: Launch) -> RunResult:
         return found
     run_dir = launch.config.run_dir
     await_release(run_dir)
-    with (run_dir / "launch.yaml").open("w", encoding="utf-8") as file:
-        yaml.safe_dump(launch.config.model_dump(mode="json"), file, sort_keys=False)
+    with atomic_file(run_dir / LAUNCHED) as file:
+        file.write(yaml.safe_dump(launch.config.model_dump(mode="json"), sort_keys=False).encode())
     for _ in range(ATTEMPTS):
         code = _train(launch)
-        if code == 0:
+        if code == 0 or (run_dir / DIVERGED).is_file():
             break
-        if code == NonFiniteLoss.exit_code:
-            (run_dir / DIVERGED).write_text(_last_line(run_dir / LOG) + "\n", encoding="utf-8")
-            break
-        if code not in (75, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL):
+        if not (code in GOES_ON or (code == TORCHRUN_FAILED and launch.resources.ranks > 1)):
             raise TrainingError(f"run {run_dir} ended with exit code {code}: {_last_line(run_dir / LOG)}")
     result = find_result(launch.config)
     if result is None:
@@ -112,18 +117,66 @@ def with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
 
 
 def find_result(config: PretrainConfig) -> RunResult | None:
-    """The result of a run that is complete, None when it is not."""
+    """The result of a run that is complete, None when it is not.
+
+    Raises CheckpointMismatch for a run of other settings or text, TrainingError for one without figures.
+    """
     run_dir = config.run_dir
+    history = read_history(run_dir)
+    check_same_launch(config, history)
     if (run_dir / DIVERGED).is_file():
         return RunResult(folder=run_dir, validation=math.inf, test=math.inf, seconds=math.nan)
-    if read_history(run_dir).end is None:
+    if history.end is None:
         return None
     records = read_metrics(run_dir)
     last = {record["kind"]: record for record in records}
+    for kind in ("validation", "test"):
+        if kind not in last:
+            raise TrainingError(f"{run_dir}: complete, but without {kind} losses: remove it to train it anew")
     seconds = sum(record["step_seconds"] for record in records if record["kind"] == "step")
     return RunResult(
         folder=run_dir, validation=_overall(last["validation"]), test=_overall(last["test"]), seconds=seconds
     )
+
+
+def check_same_launch(config: PretrainConfig, history: RunHistory) -> None:
+    """Raise CheckpointMismatch when the run that is there was launched with settings that decide another result."""
+    run_dir = config.run_dir
+    launched = run_dir / LAUNCHED
+    if not history.has_genesis or not launched.is_file():
+        return  # nothing has been trained, or it is not known with what
+    there, here = _deciding(load_config(PretrainConfig, launched)), _deciding(config)
+    if (config.data.store / MANIFEST).is_file():
+        there["store"] = history.genesis.store_fingerprint
+        here["store"] = read_manifest(config.data.store).fingerprint
+    differing = shown_differences(there, here)
+    if differing:
+        raise CheckpointMismatch(
+            f"{run_dir}: was trained with other settings ({differing}): remove that folder to train it anew, "
+            "or choose another `folder`"
+        )
+
+
+def _deciding(config: PretrainConfig) -> dict[str, Any]:
+    """What decides a run's result: not where it is, how it is shared out, how often it is saved or reported."""
+    tree = config.model_dump(
+        mode="json",
+        exclude={
+            "run": {"folder"},
+            "data": True,
+            "model": {"gradient_checkpointing"},
+            "training": {"micro_batch_rows", "num_threads", "zero_stage"},
+            "checkpoint": True,
+            "metrics": True,
+            "deepspeed": True,
+        },
+    )
+    tree["mixing"] = {"policy": tree["mixing"]["policy"]}
+    taught = tree["distillation"]
+    if taught is not None:  # folders may have moved together; a cache is named by its content
+        taught["teachers"] = [Path(path).name for path in taught["teachers"]]
+        taught["cache"] = taught["cache"] and Path(taught["cache"]).name
+    return tree
 
 
 def _overall(record: dict[str, dict[str, float]]) -> float:
@@ -135,7 +188,7 @@ def _overall(record: dict[str, dict[str, float]]) -> float:
 def _train(launch: Launch) -> int:
     """Start the run's process, wait for it, return its exit code. Its output is appended to the run's log."""
     resources, run_dir = launch.resources, launch.config.run_dir
-    command = [str(SCRIPT), "--config", str(run_dir / "launch.yaml")]
+    command = [str(SCRIPT), "--config", str(run_dir / LAUNCHED)]
     if resources.ranks > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={resources.ranks}", *command]
     threads = str(max(resources.cpus // resources.ranks, 1))

@@ -211,8 +211,8 @@ class DistillationConfig(StrictModel):
     """What the student learns beside the text: `(1 - share) * CE + share * temperature**2 * KL(teachers || student)`.
 
     `teachers` are run folders or exports; their predictions are pooled: mean logits, or `arithmetic` means.
-    `teacher_temperature` divides the teachers' logits alone, `temperature` those of both. `cache` is a folder of
-    `mixwright distill cache`, made by the same teachers, which are then not run.
+    `teacher_temperature` divides the teachers' logits alone, `temperature` those of both. `cache` is a folder that
+    `mixwright distill prepare` made of the same teachers, which are then not run.
     """
 
     teachers: tuple[Path, ...] = Field(min_length=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import math
 import os
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from mixwright.data_mixing.answers import one_line
 from mixwright.pretrain.config import OptimizerConfig, PretrainConfig
-from mixwright.pretrain.errors import NonFiniteLoss, TrainingError
+from mixwright.pretrain.errors import NonFiniteLoss, RanksApart, TrainingError
 from mixwright.pretrain.model_options.apply import follow_updates
 from mixwright.pretrain.model_options.config import ModelOptions
 from mixwright.pretrain.ranks import Ranks
@@ -47,10 +48,16 @@ _CHECKPOINT_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_ad
 logger = logging.getLogger(__name__)
 
 
-def start_ranks(say: Callable[[str], None], timeout_s: float = 600.0) -> Ranks:
+LOST_AFTER_S = 600.0
+"""How long a rank waits in a collective for one that may have died unseen."""
+PATIENCE_S = 24 * 3600.0
+"""How long the ranks wait for what the leader does alone: preparing data, a decision, converting, exporting."""
+
+
+def start_ranks(say: Callable[[str], None], timeout_s: float = LOST_AFTER_S) -> Ranks:
     """Join the process group that the launcher (deepspeed, torchrun or plain python) describes.
 
-    Raises TrainingError when the port is taken, or the other ranks are not to be reached.
+    Raises TrainingError when the port is taken, RanksApart when the other ranks are not to be reached.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     os.environ.setdefault("RANK", "0")
@@ -67,17 +74,22 @@ def start_ranks(say: Callable[[str], None], timeout_s: float = 600.0) -> Ranks:
         with contextlib.redirect_stdout(sys.stderr):
             deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
     except dist.DistError as error:
-        raise TrainingError(_why_not_joined(str(error))) from None
-    rank = dist.get_rank()
-    control = dist.new_group(backend="gloo") if world > 1 else None
-    return Ranks(rank, world, device, control)
+        raise _not_joined(str(error)) from None
+    if world == 1:
+        return Ranks(0, 1, device, None)
+    control, patient = (
+        dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s)) for limit_s in (timeout_s, PATIENCE_S)
+    )
+    return Ranks(dist.get_rank(), world, device, control, patient)
 
 
-def _why_not_joined(message: str) -> str:
+def _not_joined(message: str) -> TrainingError:
     port = os.environ["MASTER_PORT"]
     if "EADDRINUSE" not in message:
-        return f"rank {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:{port}: {message}"
-    return (
+        return RanksApart(
+            f"rank {os.environ['RANK']} cannot join the others at {os.environ['MASTER_ADDR']}:{port}: {message}"
+        )
+    return TrainingError(
         f"MASTER_PORT: port {port} is taken on this machine, by another job perhaps: give this one a port of its own, "
         f"as in `deepspeed --master_port {int(port) + 1} ...`"
     )
@@ -117,6 +129,7 @@ def _provide_shared_memory_op(world: int, say: Callable[[str], None]) -> None:
         return
     from torch.utils.cpp_extension import _get_build_directory
 
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     folder = Path(_get_build_directory(name, verbose=False))
     built = (folder / f"{name}.so").exists()
     with _exclusive(folder.with_suffix(".mixwright.lock")):
@@ -131,6 +144,14 @@ def _provide_shared_memory_op(world: int, say: Callable[[str], None]) -> None:
             deepspeed.ops.__compatible_ops__[name] = False
             say(f"DeepSpeed's shared-memory all-reduce does not build, gloo is used instead: {str(error)[:200]}")
         logger.info("shared-memory all-reduce ready after %.1f s", time.monotonic() - started)
+
+
+def extensions_folder() -> Path:
+    """Where this environment keeps compiled ops; two that share a folder, as is torch's default, rebuild in turn."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    environment = hashlib.sha256(f"{sys.prefix} {sys.version} {torch.__version__}".encode()).hexdigest()[:12]
+    return Path(get_default_build_root()) / f"mixwright-{environment}"
 
 
 @contextlib.contextmanager

@@ -15,6 +15,12 @@ class NonFiniteLoss(TrainingError):
     exit_code = 1
 
 
+class RanksApart(TrainingError):
+    """The ranks do not find each other, or lose each other: the same command later may go on."""
+
+    exit_code = 70
+
+
 class CheckpointMismatch(TrainingError):
     """A checkpoint is damaged, or belongs to another run."""
 

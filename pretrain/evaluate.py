@@ -10,16 +10,19 @@ from mixwright.data_mixing.entries import DomainLoss, Genesis
 from mixwright.data_mixing.held_out import HeldOut
 from mixwright.data_mixing.plan import rank_positions
 from mixwright.pretrain.engine import Engine
-from mixwright.pretrain.loop import domain_loss
+from mixwright.pretrain.loop import domain_losses
 from mixwright.pretrain.objective import DomainSums
 from mixwright.pretrain.ranks import Ranks
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, held_out: HeldOut, genesis: Genesis, ranks: Ranks, micro_batch_rows: int
+    engine: Engine, held_out: HeldOut, genesis: Genesis, ranks: Ranks, micro_batch_rows: int, when: str
 ) -> dict[str, DomainLoss]:
-    """Loss sums per domain, the same on every rank. Domains without held-out rows are left out."""
+    """Loss sums per domain, the same on every rank. Domains without held-out rows are left out.
+
+    Raises NonFiniteLoss for a domain whose loss is NaN or infinite; the message begins with `when`.
+    """
     mine = rank_positions(len(held_out.domain_n), ranks.rank, ranks.size)
     sums = DomainSums(len(genesis.domains), ranks.device)
     engine.eval()
@@ -35,8 +38,7 @@ def evaluate(
         if not padding:
             sums.add(losses.nll_N, torch.from_numpy(domain_B).to(ranks.device))
     engine.train()
-    sums_KC = ranks.sum(sums.take()).tolist()
-    return {d.name: domain_loss(row) for d, row in zip(genesis.domains, sums_KC, strict=True) if row[3]}
+    return domain_losses(genesis.domains, ranks.sum(sums.take()).tolist(), when)
 
 
 def mean_loss(loss: DomainLoss) -> float:

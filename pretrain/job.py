@@ -1,7 +1,7 @@
 """A pretraining job from configuration to exported model, as one rank runs it.
 
-The order is: lock and data (leader), ranks, run (journal, controller), model and checkpoint, training with validation
-and checkpoints, test, export, report. Killed anywhere, the same command goes on from the last checkpoint.
+The order is: lock (leader), ranks, data (leader), run (journal, controller), model and checkpoint, training with
+validation and checkpoints, test, export, report. Killed anywhere, the same command goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -26,10 +27,18 @@ from mixwright.pretrain.config import PretrainConfig
 from mixwright.pretrain.distill.teaching import Teaching, open_teaching
 from mixwright.pretrain.engine import Engine, pretrain_settings, start_ranks
 from mixwright.pretrain.ensemble.member import EXPORT, ORIGIN, parameters_hash, write_origin
+from mixwright.pretrain.errors import NonFiniteLoss
 from mixwright.pretrain.evaluate import evaluate
 from mixwright.pretrain.loop import Position, StepRecord, Trainer, train
 from mixwright.pretrain.metric_sinks import check_wandb
-from mixwright.pretrain.metrics import MetricWriter, loss_values, overall_loss, peak_memory_bytes, read_metrics
+from mixwright.pretrain.metrics import (
+    MetricWriter,
+    has_record,
+    loss_values,
+    overall_loss,
+    peak_memory_bytes,
+    read_metrics,
+)
 from mixwright.pretrain.model import build_model, export, num_parameters
 from mixwright.pretrain.model_options.exporting import how_to_load
 from mixwright.pretrain.objective import Objective, Shape
@@ -37,7 +46,7 @@ from mixwright.pretrain.progress import Progress, Watcher
 from mixwright.pretrain.ranks import Ranks, launched_rank
 from mixwright.pretrain.report import write_report
 from mixwright.pretrain.row_log import RowLossLog, row_log_folder
-from mixwright.pretrain.rundir import journal_folder, read_history, sole_trainer, write_resolved_config
+from mixwright.pretrain.rundir import DIVERGED, journal_folder, read_history, sole_trainer, write_resolved_config
 from mixwright.pretrain.start import MixingSide, StopRequest, ensure_store, open_mixing, open_store
 
 EXIT_INTERRUPTED = 75
@@ -50,7 +59,6 @@ def run_job(config: PretrainConfig, watcher: Watcher) -> int:
     with contextlib.ExitStack() as stack:
         if launched_rank() == 0:
             stop.tell = stack.enter_context(sole_trainer(config.run_dir)).say_stopping
-            ensure_store(config, watcher)
         if read_history(config.run_dir).end is not None:
             _say_complete(config, watcher)
             return 0
@@ -59,11 +67,19 @@ def run_job(config: PretrainConfig, watcher: Watcher) -> int:
         check_wandb(config.metrics.wandb)
         ranks = start_ranks(watcher.say)
         stack.callback(ranks.leave)
+        ranks.leader_first(lambda: ensure_store(config, watcher))
         store = stack.enter_context(open_store(config, ranks))
         mixing = stack.enter_context(open_mixing(config, store, ranks, watcher))
         if ranks.is_leader:
             write_resolved_config(config.run_dir, config)
-        return Job.build(config, ranks, store, mixing, watcher).run(stop)
+            (config.run_dir / DIVERGED).unlink(missing_ok=True)
+        job = Job.build(config, ranks, store, mixing, watcher)
+        try:
+            return job.run(stop)
+        except NonFiniteLoss as error:
+            if ranks.is_leader:
+                (config.run_dir / DIVERGED).write_text(f"{error}\n", encoding="utf-8")
+            raise
 
 
 @dataclass
@@ -177,7 +193,8 @@ class Job:
         validation = self._held_out("validation", config.evaluation.rows_per_domain)
         position, saved_step = self.start, self.start.step
         progress = self._progress_at_start()
-        self._at_boundary(validation, trainer, metrics, position, is_due=False)
+        is_owed = owes_evaluation(config.run_dir, "validation", position.step, config.evaluation.every, self.ranks)
+        self._at_boundary(validation, trainer, metrics, position, is_owed)
         for record in train(trainer, self.start):
             position = record.position
             progress = _advance(progress, record, trainer.feeder.plan.policy_lsn(record.step))
@@ -223,12 +240,12 @@ class Job:
     def _held_out(self, split: Literal["validation", "test"], rows_per_domain: int) -> HeldOut:
         return HeldOut.read(self.store, self.mixing.genesis, split, rows_per_domain)
 
-    def _evaluate(self, held_out: HeldOut) -> Mapping[str, DomainLoss]:
+    def _evaluate(self, held_out: HeldOut, when: str) -> Mapping[str, DomainLoss]:
         rows = self.config.training.micro_batch_rows
-        return evaluate(self.engine, held_out, self.mixing.genesis, self.ranks, rows)
+        return evaluate(self.engine, held_out, self.mixing.genesis, self.ranks, rows, when)
 
     def _validate(self, rows: HeldOut, trainer: Trainer, metrics: MetricWriter | None, position: Position) -> None:
-        losses = self._evaluate(rows)
+        losses = self._evaluate(rows, f"validation at step {position.step}")
         if metrics is None or trainer.leader is None:
             return
         metrics.write("validation", position.step, loss_values(losses))
@@ -238,7 +255,8 @@ class Job:
         )
 
     def _test(self, metrics: MetricWriter | None, position: Position) -> None:
-        losses = self._evaluate(self._held_out("test", self.config.evaluation.test_rows_per_domain))
+        rows = self._held_out("test", self.config.evaluation.test_rows_per_domain)
+        losses = self._evaluate(rows, f"test at step {position.step}")
         if metrics is not None:
             metrics.write("test", position.step, loss_values(losses))
 
@@ -274,6 +292,16 @@ class Job:
             domain_losses={},
             policy_lsn=0,
         )
+
+
+def owes_evaluation(run_dir: Path, kind: str, step: int, every: int, ranks: Ranks) -> bool:
+    """Whether a run that goes on after `step` was stopped before the evaluation that was due there. Collective.
+
+    A stop does not wait for it: who sends SIGTERM may soon send SIGKILL.
+    """
+    if not (every and step and step % every == 0):
+        return False
+    return bool(ranks.from_leader(int(ranks.is_leader and not has_record(run_dir, kind, step))))
 
 
 def _kept(config: PretrainConfig) -> CheckpointSettings:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixwright.data_mixing.domain import Domain
 from mixwright.data_mixing.entries import DomainLoss, Report
 from mixwright.data_mixing.errors import DomainExhausted, PlanMismatch
 from mixwright.data_mixing.feeder import Feeder, StepRows, micro_batches
@@ -193,10 +194,7 @@ def _report(trainer: Trainer, sums: DomainSums, first_step: int, last_step: int,
     """Add up the window over all ranks; the leader also sends it to the journal."""
     domains = trainer.feeder.genesis.domains
     sums_KC = trainer.ranks.sum(sums.take()).tolist()
-    losses = {domain.name: domain_loss(row) for domain, row in zip(domains, sums_KC, strict=True) if row[3]}
-    for name, loss in losses.items():
-        if not math.isfinite(loss.loss_sum):
-            raise NonFiniteLoss(f"steps {first_step}-{last_step}: the loss of domain {name!r} is {loss.loss_sum}")
+    losses = domain_losses(domains, sums_KC, f"steps {first_step}-{last_step}")
     report = Report(
         kind="train",
         first_step=first_step,
@@ -223,9 +221,18 @@ def _mean_learning_rate(config: PretrainConfig, first_step: int, last_step: int)
     return sum(rates) / len(rates)
 
 
-def domain_loss(columns: list[float]) -> DomainLoss:
-    """One row of `DomainSums` as a record."""
-    loss_sum, loss_square_sum, num_tokens, num_rows = columns
-    return DomainLoss(
-        loss_sum=loss_sum, loss_square_sum=loss_square_sum, num_tokens=round(num_tokens), num_rows=round(num_rows)
-    )
+def domain_losses(domains: Sequence[Domain], sums_KC: list[list[float]], when: str) -> dict[str, DomainLoss]:
+    """The columns of `DomainSums`, of the domains that have rows, as records.
+
+    Raises NonFiniteLoss for a domain whose loss is NaN or infinite; the message begins with `when`.
+    """
+    found = {}
+    for domain, (loss_sum, loss_square_sum, num_tokens, num_rows) in zip(domains, sums_KC, strict=True):
+        if not math.isfinite(loss_sum) or not math.isfinite(loss_square_sum):
+            raise NonFiniteLoss(f"{when}: the loss of domain {domain.name!r} is {loss_sum}")
+        if num_rows:
+            found[domain.name] = DomainLoss(
+                loss_sum=loss_sum, loss_square_sum=loss_square_sum, num_tokens=round(num_tokens),
+                num_rows=round(num_rows),
+            )  # fmt: skip
+    return found

@@ -73,6 +73,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(latest.values(), key=lambda record: record["step"])
 
 
+def has_record(run_dir: Path, kind: str, step: int) -> bool:
+    """Whether a record of this kind was written after `step` optimizer steps."""
+    return any((record["kind"], record["step"]) == (kind, step) for record in read_metrics(run_dir))
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: of the device, or the resident set on a CPU."""
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ PLAIN = ModelOptions()
 """No option at all."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def build_model(
@@ -147,6 +149,18 @@ def named_as_saved(model: LanguageModel, parameters: dict[str, Tensor]) -> dict[
     state = {name: parameters[names[id(parameter)]] for name, parameter in own_parameters}
     buffers = model.causal_lm.state_dict().items()
     return state | {name: buffer for name, buffer in buffers if name not in state and buffer.numel()}
+
+
+def cast_parameters(model: Module, dtype: torch.dtype) -> Module:
+    """Bring the model's floating parameters to `dtype`, in place, and return it; tied ones stay tied.
+
+    Buffers keep theirs, as under DeepSpeed: of rotary frequencies in bfloat16, angles at position 2000 are wrong by 0.2
+    to 0.9 rad (heads of 8 to 64).
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def num_parameters(model: nn.Module) -> int:

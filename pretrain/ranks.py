@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixwright.pretrain.errors import TrainingError
+
 _WRAP = 1 << 64
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Data-parallel coordinates. `control` is a CPU process group for the control word; None when alone."""
+    """Data-parallel coordinates, and two process groups of CPUs, None when alone.
+
+    `control` is for the control word of every step. `patient` has a limit of hours, for what the leader does alone.
+    """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup | None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_leader(self) -> bool:
@@ -54,15 +63,31 @@ class Ranks:
         return [json.loads(line) for line in bytes(lines[0].tolist()).splitlines()]
 
     def from_leader(self, value: int) -> int:
-        """The leader's `value`, on every rank; all wait for it."""
+        """The leader's `value`, on every rank; all wait for it, however long it takes the leader."""
         word = torch.tensor([value if self.is_leader else 0], dtype=torch.int64)
         if self.size > 1:
-            dist.all_reduce(word, group=self.control)
+            dist.all_reduce(word, group=self.patient)
         return int(word)
 
+    def leader_first(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` returns to the leader, None on the other ranks, which wait for it.
+
+        Raises what `work` raises, on the other ranks TrainingError.
+        """
+        result, is_done = None, False
+        try:
+            if self.is_leader:
+                result, is_done = work(), True
+        finally:
+            is_done = bool(self.from_leader(int(is_done)))
+        if not is_done:
+            raise TrainingError("rank 0 could not prepare what all ranks need; its own line says why")
+        return result
+
     def barrier(self) -> None:
+        """All wait for the last one, however long it takes."""
         if self.size > 1:
-            dist.barrier(group=self.control)
+            dist.barrier(group=self.patient)
 
     def leave(self) -> None:
         """Leave the process group, so that the process can end."""

@@ -24,6 +24,8 @@ from mixwright.pretrain.errors import RunInUse, TrainingError
 logger = logging.getLogger(__name__)
 
 LOCK = "trainer.lock"
+DIVERGED = "diverged.txt"
+"""Says why training failed, until the run is started again."""
 STOPPING = ", stopping"
 STOPPING_TIMEOUT_S = 120.0
 

@@ -41,7 +41,7 @@ def prepare_student(config: DistillConfig, base: PretrainConfig, say: Say, progr
     check_store(members[0], store)
     temperature = _temperature(config, members, store, say)
     store = _with_samples(config, members, store, temperature, say, progress)
-    cache = _cache(config, members, store, temperature, say, progress)
+    cache = _cache(config, members, store, temperature, base.model.document_masks, say, progress)
     return _student(config, base, store, temperature, cache)
 
 
@@ -113,6 +113,7 @@ def _cache(
     members: Sequence[Member],
     store: TokenStore,
     temperature: float,
+    document_masks: bool,
     say: Say,
     progress: Progress,
 ) -> Path | None:
@@ -126,6 +127,7 @@ def _cache(
         "temperature": temperature,
         "store": store.fingerprint,
         "top_k": top_k,
+        **({"document_masks": True} if document_masks else {}),
     }
     folder = config.folder / f"cache-{_key(decides)}"
     write_cache(
@@ -135,6 +137,7 @@ def _cache(
         temperature=temperature,
         top_k=top_k,
         folder=folder,
+        document_masks=document_masks,
         progress=lambda done, total: progress("caching", done, total),
     )
     say(f"the {top_k} best predictions of the teachers for every token: {folder}")

@@ -21,7 +21,7 @@ from mixwright.pretrain.distill.topk_cache import TopKCache
 from mixwright.pretrain.ensemble.member import Member, check_together, inspect_member, load_member
 from mixwright.pretrain.errors import EnsembleError
 from mixwright.pretrain.head import Head, LanguageModel, Lesson
-from mixwright.pretrain.model import DTYPES
+from mixwright.pretrain.model import DTYPES, cast_parameters
 
 
 class Teaching(Protocol):
@@ -46,9 +46,9 @@ def open_teaching(
     check_store(members[0], store)
     if settings.cache is not None:
         say(f"teachers: {len(members)}, from {settings.cache}")
-        return CachedTeachers(settings, members, store, device)
+        return CachedTeachers(settings, members, store, device, document_masks=config.model.document_masks)
     say(f"teachers: {len(members)}, {sum(member.num_parameters for member in members):,} parameters")
-    teachers = [load_member(member, device).to(DTYPES[config.model.dtype]) for member in members]
+    teachers = [cast_parameters(load_member(member, device), DTYPES[config.model.dtype]) for member in members]
     for teacher, member in zip(teachers, members, strict=True):
         _check_plain_head(teacher.head, member)
         if config.model.document_masks:
@@ -78,7 +78,13 @@ class CachedTeachers:
     """The top k predictions of teachers and the mass of all others, read from disk: no teacher is run."""
 
     def __init__(
-        self, settings: DistillationConfig, members: Sequence[Member], store: TokenStore, device: torch.device
+        self,
+        settings: DistillationConfig,
+        members: Sequence[Member],
+        store: TokenStore,
+        device: torch.device,
+        *,
+        document_masks: bool,
     ) -> None:
         assert settings.cache is not None
         self._settings, self._device = settings, device
@@ -88,6 +94,7 @@ class CachedTeachers:
             members=members,
             pooling=settings.pooling,
             temperature=settings.teacher_temperature,
+            document_masks=document_masks,
         )
 
     def lesson(self, tokens_BS: Tensor, domain_B: Tensor, row_B: NDArray[np.int64]) -> Lesson:
@@ -116,5 +123,5 @@ def _check_plain_head(head: Head, member: Member) -> None:
         what = "a bias" if head.bias is not None else "a cap on its logits"
         raise EnsembleError(
             f"teacher {member.folder} has {what} in its output layer, which the fused loss does not form: make a cache "
-            "of its predictions (`mixwright distill cache`) and name it as distillation.cache"
+            "of its predictions (`mixwright distill prepare` with logits.top_k)"
         )

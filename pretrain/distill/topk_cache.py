@@ -11,10 +11,11 @@ spec/posttraining.md 5.3.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,19 @@ CACHE = "cache.json"
 CHUNK_TOKENS = 1 << 17
 """Tokens of a chunk: what is done again after a kill, and how often members are loaded."""
 
+OPEN_CHUNKS = 64
+"""Chunks that stay open, three file descriptors each: processes may have 1024, a cache thousands of chunks."""
+
 Progress = Callable[[int, int], None]
 """Called with the rows that are done, and all rows."""
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache depends on, as it is noted in cache.json; `domains` are fingerprints of training tokens by name."""
+    """What a cache depends on, as it is noted in cache.json; `domains` are fingerprints of training tokens by name.
+
+    `document_masks`: the teachers saw each token's own document only.
+    """
 
     members: tuple[str, ...]
     pooling: str
@@ -51,17 +58,31 @@ class CacheKey:
     tokenizer_hash: str
     sequence_length: int
     domains: dict[str, str]
+    document_masks: bool
 
     @classmethod
-    def of(cls, members: Sequence[Member], store: TokenStore, pooling: Pooling, temperature: float) -> CacheKey:
+    def of(
+        cls,
+        members: Sequence[Member],
+        store: TokenStore,
+        pooling: Pooling,
+        temperature: float,
+        document_masks: bool,
+    ) -> CacheKey:
         manifest = store.manifest
-        domains = {domain.name: domain.fingerprint for domain in manifest.domains}
-        identity = tuple(member.fingerprint for member in members)
-        return cls(identity, pooling, temperature, manifest.tokenizer_hash, manifest.sequence_length, domains)
+        return cls(
+            members=tuple(member.fingerprint for member in members),
+            pooling=pooling,
+            temperature=temperature,
+            tokenizer_hash=manifest.tokenizer_hash,
+            sequence_length=manifest.sequence_length,
+            domains={domain.name: domain.fingerprint for domain in manifest.domains},
+            document_masks=document_masks,
+        )
 
     def tree(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**self.__dict__, "members": list(self.members)}
+        return {**asdict(self), "members": list(self.members)}
 
 
 def write_cache(
@@ -72,17 +93,21 @@ def write_cache(
     temperature: float,
     top_k: int,
     folder: Path,
+    document_masks: bool = False,
     progress: Progress | None = None,
 ) -> TopKCache:
     """Predictions of `members` at `temperature` for all training rows of `store`; goes on where it was interrupted.
 
-    Members are run one after the other over a chunk of rows, so memory does not grow with their number. Raises
-    EnsembleError for a folder that holds another cache, and for more classes than there are.
+    Members are run one after the other over a chunk of rows, so memory does not grow with their number;
+    `document_masks` keeps the documents of a row apart. Raises EnsembleError for a folder that holds another cache, and
+    for more classes than there are.
     """
     check_together(members)
     if not 0 < top_k <= members[0].vocab_size:
         raise EnsembleError(f"top_k is {top_k}, expected 1 to the vocabulary of {members[0].vocab_size}")
-    key, chunk_rows = CacheKey.of(members, store, pooling, temperature), _chunk_rows(store)
+    key, chunk_rows = CacheKey.of(members, store, pooling, temperature, document_masks), _chunk_rows(store)
+    document_end = store.manifest.eos_id if document_masks else None
+    predict = functools.partial(_predict, members, pooling, temperature, top_k, folder / "spool", document_end)
     total = sum(domain.num_rows for domain in store.domains())
     done = 0
     with exclusive(folder):
@@ -90,15 +115,16 @@ def write_cache(
         for domain in store.domains():
             for first in range(0, domain.num_rows, chunk_rows):
                 row_n = np.arange(first, min(first + chunk_rows, domain.num_rows))
-                if not is_complete(_part(folder, domain.name, "log_tail", first // chunk_rows)):
+                if not _is_whole(folder, domain.name, first // chunk_rows):
                     rows_nS = np.asarray(store.gather(np.full(len(row_n), store.index(domain.name)), row_n))
-                    chunk = _predict(members, rows_nS.astype(np.int64), pooling, temperature, top_k, folder / "spool")
-                    _write_chunk(folder, domain.name, first // chunk_rows, chunk)
+                    _write_chunk(folder, domain.name, first // chunk_rows, predict(rows_nS.astype(np.int64)))
                     shutil.rmtree(folder / "spool")
                     if progress is not None:
                         progress(done + len(row_n), total)
                 done += len(row_n)
-    return TopKCache.open(folder, store, members=members, pooling=pooling, temperature=temperature)
+    return TopKCache.open(
+        folder, store, members=members, pooling=pooling, temperature=temperature, document_masks=document_masks
+    )
 
 
 Chunk = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
@@ -106,29 +132,36 @@ Chunk = tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]
 
 
 class TopKCache:
-    """A complete cache, opened for the domains of a store, in the store's order."""
+    """A complete cache, opened for the `domains` of a store, in the store's order; chunks are opened when read."""
 
-    def __init__(self, domains: Sequence[list[Chunk]], chunk_rows: int, top_k: int) -> None:
-        self._domains, self._chunk_rows, self.top_k = domains, chunk_rows, top_k
+    def __init__(self, folder: Path, domains: Sequence[str], chunk_rows: int, top_k: int) -> None:
+        self._domains, self._chunk_rows, self.top_k = tuple(domains), chunk_rows, top_k
+        self._chunk = functools.lru_cache(maxsize=OPEN_CHUNKS)(functools.partial(_open_chunk, folder))
 
     @classmethod
     def open(
-        cls, folder: Path, store: TokenStore, *, members: Sequence[Member], pooling: Pooling, temperature: float
+        cls,
+        folder: Path,
+        store: TokenStore,
+        *,
+        members: Sequence[Member],
+        pooling: Pooling,
+        temperature: float,
+        document_masks: bool = False,
     ) -> TopKCache:
         """Raises EnsembleError when it is not complete, or of other teachers or data, naming what differs."""
         tree = _read(folder)
-        _check_same(folder, tree["key"], CacheKey.of(members, store, pooling, temperature))
-        chunk_rows, domains = int(tree["chunk_rows"]), []
+        _check_same(folder, tree["key"], CacheKey.of(members, store, pooling, temperature, document_masks))
+        chunk_rows = int(tree["chunk_rows"])
         for domain in store.domains():
             numbers = range(-(-domain.num_rows // chunk_rows))
-            missing = [n for n in numbers if not is_complete(_part(folder, domain.name, "log_tail", n))]
+            missing = [number for number in numbers if not _is_whole(folder, domain.name, number)]
             if missing:
                 raise EnsembleError(
                     f"{folder}: not complete, {len(missing)} of {len(numbers)} chunks of domain {domain.name!r} are "
                     "missing; run the command that makes it again"
                 )
-            domains.append([_open_chunk(folder, domain.name, number) for number in numbers])
-        return cls(domains, chunk_rows, int(tree["top_k"]))
+        return cls(folder, [domain.name for domain in store.domains()], chunk_rows, int(tree["top_k"]))
 
     def take(
         self, domain_n: NDArray[np.int64], row_n: NDArray[np.int64]
@@ -139,8 +172,9 @@ class TopKCache:
         return ids.astype(np.int64), log_p, log_tail
 
     def _row(self, domain: int, row: int) -> tuple[NDArray[Any], ...]:
-        chunk = self._domains[domain][row // self._chunk_rows]
-        return tuple(part[row % self._chunk_rows] for part in chunk)
+        chunk = self._chunk(self._domains[domain], row // self._chunk_rows)
+        # Copies: a view would keep its chunk open.
+        return tuple(np.array(part[row % self._chunk_rows]) for part in chunk)
 
 
 def bytes_per_token(top_k: int, vocab_size: int) -> int:
@@ -150,13 +184,14 @@ def bytes_per_token(top_k: int, vocab_size: int) -> int:
 
 def _predict(
     members: Sequence[Member],
-    rows_nS: NDArray[np.int64],
     pooling: Pooling,
     temperature: float,
     top_k: int,
     spool_folder: Path,
+    document_end: int | None,
+    rows_nS: NDArray[np.int64],
 ) -> Chunk:
-    spooled = spool(members, rows_nS, spool_folder)
+    spooled = spool(members, rows_nS, spool_folder, document_end)
     vocab_size, num_tokens = members[0].vocab_size, len(rows_nS) * (rows_nS.shape[1] - 1)
     parts = [_top(spooled, span, pooling, temperature, top_k) for span in spans(num_tokens, vocab_size, len(members))]
     ids_Nk, log_p_Nk, log_tail_N = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -209,11 +244,12 @@ def _read(folder: Path) -> dict[str, Any]:
         return {name: tree[name] for name in ("key", "top_k", "chunk_rows")}
     except (OSError, ValueError, KeyError):
         raise EnsembleError(
-            f"{folder}: no cache of teachers (expected {CACHE}); make it with `mixwright distill`"
+            f"{folder}: no cache of teachers (expected {CACHE}); make it with `mixwright distill prepare`"
         ) from None
 
 
 def _check_same(folder: Path, found: dict[str, Any], key: CacheKey) -> None:
+    found = {"document_masks": False, **found}  # caches of before there was a choice
     expected = key.tree()
     if fingerprint(found) == fingerprint(expected):
         return
@@ -233,6 +269,10 @@ def _write_chunk(folder: Path, domain: str, number: int, chunk: Chunk) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             np.save(file, array)
+
+
+def _is_whole(folder: Path, domain: str, number: int) -> bool:
+    return all(is_complete(_part(folder, domain, name, number)) for name in ("ids", "log_p", "log_tail"))
 
 
 def _open_chunk(folder: Path, domain: str, number: int) -> Chunk:

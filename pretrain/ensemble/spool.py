@@ -46,10 +46,19 @@ class SpooledMember:
         return self.head.logits(torch.from_numpy(np.array(self.features_ND[span])))
 
 
-def spool(members: Sequence[Member], rows_nS: NDArray[np.int64], folder: Path) -> list[SpooledMember]:
-    """Run members over rows (ids, [n, T + 1]) where that has not been done; one member in memory at a time."""
-    rows_hash = hashlib.sha256(np.ascontiguousarray(rows_nS, dtype="<i8").data).hexdigest()[:_KEY_LENGTH]
-    return [_spooled(member, rows_nS, folder / f"{member.fingerprint[:_KEY_LENGTH]}-{rows_hash}") for member in members]
+def spool(
+    members: Sequence[Member], rows_nS: NDArray[np.int64], folder: Path, document_end: int | None = None
+) -> list[SpooledMember]:
+    """Run members over rows (ids, [n, T + 1]) where that has not been done; one member in memory at a time.
+
+    With `document_end`, the id that ends a document, tokens of a row attend to their own document only.
+    """
+    key = hashlib.sha256(np.ascontiguousarray(rows_nS, dtype="<i8").data).hexdigest()[:_KEY_LENGTH]
+    key = key if document_end is None else f"{key}-masked"
+    return [
+        _spooled(member, rows_nS, folder / f"{member.fingerprint[:_KEY_LENGTH]}-{key}", document_end)
+        for member in members
+    ]
 
 
 def spans(num_tokens: int, vocab_size: int, num_members: int) -> Iterator[slice]:
@@ -59,11 +68,12 @@ def spans(num_tokens: int, vocab_size: int, num_members: int) -> Iterator[slice]
         yield slice(first, min(first + size, num_tokens))
 
 
-def _spooled(member: Member, rows_nS: NDArray[np.int64], folder: Path) -> SpooledMember:
+def _spooled(member: Member, rows_nS: NDArray[np.int64], folder: Path, document_end: int | None) -> SpooledMember:
     features, head = folder / "features.npy", folder / "head.json"
     if not head.is_file():  # written last
         folder.mkdir(parents=True, exist_ok=True)
         model = load_member(member)
+        model.document_end = document_end
         _write_features(model, rows_nS, features)
         _write_head(model.head, folder)
         del model

@@ -184,16 +184,29 @@ class ObjectiveConfig(StrictModel):
         return self
 
 
+ONE_MODEL = {"float32": 1e-3, "bfloat16": 2e-2}
+"""Nats per token within which two forwards of one model agree, by dtype.
+
+They come in other groups: GPUs take another kernel for another number of tokens, which rounds otherwise. Two layouts in
+bfloat16 differ by up to 0.01 on completions of a few tokens (small models), and that is no sign of another model.
+"""
+
+
 class ReferenceConfig(StrictModel):
     """Reference log-probabilities are computed once and kept beside the tokenised pairs.
 
     `cache` names another folder, which must be of this model, tokenizer, data and template. At every start
-    `verify_pairs` of them are computed again; a difference beyond `tolerance` nats per token is an error.
+    `verify_pairs` of them are computed again, and before the first step the policy must have them; a difference beyond
+    `tolerance` nats per token is an error (default: 0.001, for bfloat16 0.02).
     """
 
     cache: Path | None = None
     verify_pairs: int = Field(default=8, ge=0)
-    tolerance: float = Field(default=1e-3, gt=0)
+    tolerance: float | None = Field(default=None, gt=0)
+
+    def tolerance_in(self, dtype: str) -> float:
+        """Nats per token by which log-probabilities computed in `dtype` may differ."""
+        return ONE_MODEL[dtype] if self.tolerance is None else self.tolerance
 
 
 class RpoTrainingConfig(StrictModel):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from mixwright.pretrain.model import named_as_saved
+from mixwright.pretrain.model import cast_parameters, named_as_saved
 from mixwright.pretrain.model_options.exporting import write_export
 from mixwright.pretrain.rpo.config import PolicyModelConfig
 from mixwright.pretrain.rpo.policy import PolicyModel, load_policy
@@ -36,8 +36,14 @@ def write_policy(
 
 def whole_policy(config: PolicyModelConfig, parameters: dict[str, Tensor], device: torch.device | str) -> PolicyModel:
     """A copy of the policy on this rank alone, from whole `parameters`: what is sharded cannot be sampled from."""
-    model = load_policy(config.model_copy(update={"gradient_checkpointing": False}), layout="padded")
+    model = lone_policy(config, device, next(iter(parameters.values())).dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameters[name])
-    return model.to(device, next(iter(parameters.values())).dtype).eval()
+    return model
+
+
+def lone_policy(config: PolicyModelConfig, device: torch.device | str, dtype: torch.dtype) -> PolicyModel:
+    """The model as it was before training, on this rank alone, ready to be sampled from."""
+    plain = config.model_copy(update={"gradient_checkpointing": False})
+    return cast_parameters(load_policy(plain, layout="padded").to(device), dtype).eval()

@@ -1,7 +1,8 @@
 """A preference-optimisation run from configuration to exported model, as one rank runs it.
 
-The order is: lock and pairs (leader), ranks, model, reference (log-probabilities, samples), engine and checkpoint,
-training with evaluation and checkpoints, export. Killed anywhere, the same command goes on from the last checkpoint.
+The order is: lock (leader), ranks, pairs (leader), model, reference (log-probabilities, samples), engine and
+checkpoint, training with evaluation and checkpoints, export. Killed anywhere, the same command goes on from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mixwright.data_mixing.staging import atomic_file
 from mixwright.pretrain.checkpoint import Checkpoints, CheckpointSettings
 from mixwright.pretrain.engine import Engine, EngineSettings, accumulation_steps, start_ranks
 from mixwright.pretrain.ensemble.member import EXPORT
-from mixwright.pretrain.job import EXIT_INTERRUPTED
+from mixwright.pretrain.job import EXIT_INTERRUPTED, owes_evaluation
 from mixwright.pretrain.loop import Position
 from mixwright.pretrain.metrics import MetricWriter, peak_memory_bytes
 from mixwright.pretrain.model import PLAIN, num_parameters
@@ -26,7 +27,7 @@ from mixwright.pretrain.progress import Progress, Watcher
 from mixwright.pretrain.ranks import Ranks, launched_rank
 from mixwright.pretrain.rpo.config import RpoConfig
 from mixwright.pretrain.rpo.evaluate import SampleView, divergence, evaluate_pairs, write_generations
-from mixwright.pretrain.rpo.export import whole_policy, write_policy
+from mixwright.pretrain.rpo.export import lone_policy, whole_policy, write_policy
 from mixwright.pretrain.rpo.loop import RpoRecord, RpoTrainer, train
 from mixwright.pretrain.rpo.objective import Objective
 from mixwright.pretrain.rpo.order import num_steps
@@ -36,6 +37,7 @@ from mixwright.pretrain.rpo.results import show_conventions, show_results
 from mixwright.pretrain.rpo.start import (
     check_same_run,
     find_preferences,
+    longest_sequence,
     prepare,
     reference_key,
     tokenizer_of,
@@ -52,20 +54,18 @@ def run_rpo(config: RpoConfig, watcher: Watcher) -> int:
     stop = StopRequest.install()
     config = with_model_folder(config)
     with contextlib.ExitStack() as stack:
-        is_first = launched_rank() == 0
-        if is_first:
+        if launched_rank() == 0:
             stop.tell = stack.enter_context(sole_trainer(config.run_dir)).say_stopping
         if (config.run_dir / DONE).is_file():
             watcher.say(f"run {config.run.name!r} is complete; delete {config.run_dir} or choose another run.name")
             show_results(config, watcher)
             return 0
-        prepared = prepare(config, watcher) if is_first else None
         if config.training.num_threads is not None:
             torch.set_num_threads(config.training.num_threads)
         ranks = start_ranks(watcher.say)
         stack.callback(ranks.leave)
         accumulation_steps(engine_settings(config), ranks.size)
-        ranks.barrier()
+        prepared = ranks.leader_first(lambda: prepare(config, watcher))
         prepared = prepared or prepare(config, watcher)  # it is there by now
         return RpoJob.build(config, ranks, prepared, watcher).run(stop)
 
@@ -110,7 +110,9 @@ class RpoJob:
             check_same_run(config, key, steps)
             write_resolved_config(config.run_dir, config)
         ranks.barrier()
-        model = load_policy(config.model, layout=training.layout).to(ranks.device)
+        longest = longest_sequence(config, prepared, objective)
+        model = load_policy(config.model, layout=training.layout, max_tokens=longest, seed=config.run.seed)
+        model = model.to(ranks.device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         watcher.say(
             f"model: {num_parameters(model):,} parameters, {trained:,} trained, {ranks.size} rank(s), "
@@ -159,6 +161,10 @@ class RpoJob:
         position, saved_step = self.start, self.start.step
         tokens = self.trainer.preferences.tokens_per_step(config.training.pairs_per_step)
         progress = Progress(self.start.step, self.num_steps, tokens, loss=None, domain_losses={}, policy_lsn=None)
+        if position.step < self.num_steps and owes_evaluation(
+            config.run_dir, "evaluation", position.step, every, self.ranks
+        ):
+            self._evaluate(metrics, position.step)
         for record in train(self.trainer, self.start):
             position = record.position
             progress = _advance(progress, record)
@@ -208,8 +214,8 @@ class RpoJob:
             return None
         if step == 0:
             return policy
-        plain = self.config.model.model_copy(update={"gradient_checkpointing": False})
-        return load_policy(plain, layout="padded").to(next(policy.parameters())).eval()
+        like = next(policy.parameters())
+        return lone_policy(self.config.model, like.device, like.dtype)
 
     @contextlib.contextmanager
     def _policy_on_leader(self) -> Iterator[PolicyModel | None]:

@@ -29,14 +29,10 @@ from mixwright.pretrain.rpo.objective import (
     PairFigures,
     StepScope,
     WholeStep,
-    loss_at_reference,
 )
 from mixwright.pretrain.rpo.order import order_digest, pairs_of_step
 from mixwright.pretrain.rpo.preferences import Preferences
 from mixwright.pretrain.schedules import learning_rate
-
-AT_REFERENCE = {"float32": 1e-3, "bfloat16": 2e-2}
-"""How far the first preference loss may be from that of a policy that equals its reference (ln 2), by dtype."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +121,18 @@ class RpoTrainer:
         return self.ranks.gather(torch.cat(found).T.contiguous()).T
 
     def _check_start(self, figures: PairFigures) -> None:
-        """A policy that has not moved has the reference's log-probabilities, so a loss that is known (ln 2 for DPO)."""
-        expected = loss_at_reference(self.objective.config)
-        found = float(figures.preference_P.mean())
-        if expected is not None and not abs(found - expected) <= AT_REFERENCE[self.config.model.dtype]:
+        """A policy that has not moved has the reference's log-probabilities, so the loss of DPO is ln 2.
+
+        Losses differ in slope (that of `ipo` is 1 / beta), so what they are of is compared.
+        """
+        log_ratio_P2 = figures.logp_P2 - figures.reference_P2
+        found = float(log_ratio_P2.abs().sum() / figures.length_P2.sum().clamp(min=1))
+        allowed = self.config.reference.tolerance_in(self.config.model.dtype)
+        if not found <= allowed:
             raise TrainingError(
-                f"the preference loss before the first step is {found:.6f}, expected {expected:.6f}: the policy and "
-                "the reference log-probabilities do not belong together; remove the reference-* folder beside the pairs"
+                f"the policy before the first step is {found:.3g} nats per token from the reference log-probabilities "
+                f"(reference.tolerance: {allowed:g}): they do not belong together; remove the reference-* folder "
+                "beside the pairs"
             )
 
     def _announce(self, step: int, index_S: NDArray[np.int64]) -> PendingControlWord:

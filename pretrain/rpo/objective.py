@@ -214,13 +214,6 @@ def equivalents(config: ObjectiveConfig, mean_length: float) -> dict[Convention,
     }
 
 
-def loss_at_reference(config: ObjectiveConfig) -> float | None:
-    """The preference loss of a policy that equals its reference: ln 2 for `dpo`. None where it depends on the data."""
-    if config.reference_free or config.loss == "ensloss":
-        return None
-    return float(margin_loss(config)(torch.tensor(-config.target_margin, dtype=torch.float64)))
-
-
 def _figures(
     preference_P: Tensor, sft_P: Tensor, reward_P2: Tensor, found: CompletionLogProbs, reference_P2: Tensor
 ) -> PairFigures:

@@ -149,8 +149,8 @@ def _check_positions(config: Any, max_tokens: int | None) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if max_tokens is not None and positions is not None and positions < max_tokens:
         raise TrainingError(
-            f"data.max_tokens = {max_tokens} exceeds the model's max_position_embeddings = {positions}: "
-            "cut the pairs shorter or use a model with more positions"
+            f"sequences of up to {max_tokens} tokens exceed the model's max_position_embeddings = {positions}: cut the "
+            "pairs (data.max_tokens), sample less (evaluation.max_new_tokens) or use a model with more positions"
         )
 
 

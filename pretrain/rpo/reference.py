@@ -107,7 +107,7 @@ def reference_log_probs(
     how.ranks.barrier()
     found = ReferenceLogProbs(*(_read(folder, prepared, split) for split in SPLITS))
     if was_complete and config.verify_pairs:
-        _verify(folder, found, prepared.train, config, how)
+        _verify(folder, found, prepared.train, config, key.dtype, how)
     return found
 
 
@@ -125,17 +125,20 @@ def _compute(folder: Path, prepared: PreparedPairs, split: str, how: Pass, progr
         progress(f"reference log-probabilities ({split})", done, total)
 
 
-def _verify(folder: Path, found: ReferenceLogProbs, pairs: PairSet, config: ReferenceConfig, how: Pass) -> None:
+def _verify(
+    folder: Path, found: ReferenceLogProbs, pairs: PairSet, config: ReferenceConfig, dtype: str, how: Pass
+) -> None:
     """Compute a few again: a cache can be damaged, and a machine can compute otherwise than the one before it."""
+    tolerance = config.tolerance_in(dtype)
     num = min(config.verify_pairs, len(pairs))
     indices = permute(np.arange(num), len(pairs), mix_key(num, len(pairs)))
     per_token = np.abs(how.log_probs(pairs, indices) - found.train_n2[indices]) / pairs.lengths[indices, 1:3]
     worst = int(per_token.max(axis=1).argmax())
-    if not per_token.max() <= config.tolerance:
+    if not per_token.max() <= tolerance:
         raise TrainingError(
             f"{folder}: the reference log-probabilities of pair {indices[worst]} differ by "
             f"{per_token[worst].max():.3g} nats per token from what the model says now "
-            f"(reference.tolerance: {config.tolerance:g}); remove the folder"
+            f"(reference.tolerance: {tolerance:g}); remove the folder"
         )
 
 

@@ -10,7 +10,7 @@ from mixwright.data_mixing.permutation import mix_key
 from mixwright.data_mixing.plain_data import read_json_object
 from mixwright.data_mixing.staging import atomic_file
 from mixwright.pretrain.errors import CheckpointMismatch
-from mixwright.pretrain.model import DTYPES
+from mixwright.pretrain.model import DTYPES, cast_parameters
 from mixwright.pretrain.progress import Watcher, stage_progress
 from mixwright.pretrain.ranks import Ranks
 from mixwright.pretrain.rpo.base_samples import base_samples
@@ -53,6 +53,17 @@ def reference_key(config: RpoConfig, prepared: PreparedPairs) -> ReferenceKey:
     return ReferenceKey(parameters_fingerprint(Path(config.model.path)), config.model.dtype, prepared.fingerprint)
 
 
+def longest_sequence(config: RpoConfig, prepared: PreparedPairs, objective: Objective) -> int:
+    """Tokens of the longest prompt with a completion that the run may read or write."""
+    train_n3, evaluation_n3 = prepared.train.lengths, prepared.evaluation.lengths
+    found = [int((n3[:, 0] + n3[:, 1:].max(axis=1)).max()) for n3 in (train_n3, evaluation_n3) if len(n3)]
+    if len(evaluation_n3) and (config.evaluation.generations or config.evaluation.kl_samples):
+        found.append(int(evaluation_n3[:, 0].max()) + config.evaluation.max_new_tokens)
+    if objective.num_completions == 3:
+        found.append(int(train_n3[:, 0].max()) + _base_tokens(config))
+    return max(found)
+
+
 def tokenizer_of(prepared: PreparedPairs) -> Any:
     """The tokenizer that the pairs were made with, its chat template included."""
     return load_tokenizer(str(prepared.folder / TOKENIZER), None)
@@ -68,18 +79,21 @@ def find_preferences(
     watcher: Watcher,
 ) -> Preferences:
     """All that training reads; what is missing is computed with `model`, which is still the reference. Collective."""
-    model.to(DTYPES[config.model.dtype])
+    cast_parameters(model, DTYPES[config.model.dtype])
     tell = stage_progress(watcher.say)
     how = Pass(model, config.training.layout, config.training.micro_batch_pairs, ranks)
     reference = reference_log_probs(prepared, key, config.reference, how, tell)
     base = None
     if objective.sft is not None and objective.sft.place == BASE:
-        settings = SamplingSettings(
-            config.data.max_tokens - config.data.max_prompt_tokens, 1.0, end_ids(model, tokenizer_of(prepared))
-        )
+        settings = SamplingSettings(_base_tokens(config), 1.0, end_ids(model, tokenizer_of(prepared)))
         seed = mix_key(config.run.seed) >> 1
         base = base_samples(prepared, key, model, settings, seed, ranks, tell)
     return Preferences(prepared.train, prepared.evaluation, reference, base)
+
+
+def _base_tokens(config: RpoConfig) -> int:
+    """Most tokens of a sample of the reference that the SFT term learns from."""
+    return config.data.max_tokens - config.data.max_prompt_tokens
 
 
 def check_same_run(config: RpoConfig, key: ReferenceKey, num_steps: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -209,6 +211,35 @@ def test_a_file_that_vanished_is_one_clear_error(tmp_path: Path) -> None:
         list(read_unit(units[0]))
     with pytest.raises(DataError, match=r"a.txt: cannot be read: No such file or directory$"):
         file_units(path, DomainSource(paths=("x",)))
+
+
+def test_storage_that_fails_can_be_continued_when_it_is_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.symlink_to("/proc/self/mem")  # reading its first byte is a real EIO
+    with pytest.raises(Resumable, match=r"a.txt: cannot be read: Input/output error; .*: it continues$"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), Resumable),
+        (ConnectionError("could not reach the hub"), Resumable),
+        (FileNotFoundError("no such dataset on the hub"), DataError),
+        (ValueError("unknown split"), DataError),
+    ],
+)
+def test_a_dataset_out_of_reach_can_be_continued_and_a_wrong_one_cannot(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[DataError]
+) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"^dataset 'someone/text' split 'train': cannot be loaded: ") as raised:
+        read_dataset(DatasetSource(path="someone/text"))
+    assert type(raised.value) is kind
+    assert ("run the same command again: it continues" in str(raised.value)) == (kind is Resumable)
 
 
 # --- Hugging Face datasets -------------------------------------------------------------------------------------

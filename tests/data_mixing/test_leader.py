@@ -135,6 +135,21 @@ def test_two_policies_are_committed_in_order_and_never_backwards(tmp_path: Path)
     assert [(commit.policy_lsn, commit.effective_step) for commit in found[1:]] == [(first, 60), (second, 60)]
 
 
+def test_a_policy_that_waits_for_its_step_delays_no_urgent_one(tmp_path: Path) -> None:
+    """At 0.15 s a step, what waits for a step 40 ahead is not committed yet."""
+    _, leader = begin(tmp_path)
+    with leader:
+        for step in range(4):
+            leader.begin_step(step)
+            time.sleep(0.15)
+        waits, urgent = propose(tmp_path, policy(at_step=51)), propose(tmp_path, policy())
+        found = wait_for_commits(tmp_path, 2)
+        assert [(commit.policy_lsn, commit.effective_step) for commit in found[1:]] == [(urgent, 11)]
+        leader.begin_step(40)
+        found = wait_for_commits(tmp_path, 3)
+    assert (found[2].policy_lsn, found[2].effective_step) == (waits, 51)
+
+
 def test_training_waits_at_the_edge_of_a_commit_that_is_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -244,6 +245,57 @@ def test_a_source_that_changes_between_the_passes_is_noticed(
             prepare(config, tmp_path)
     two_domains(tmp_path)
     assert prepare(config, tmp_path).made
+
+
+# --- storage that fails for a while ----------------------------------------------------------------------------
+
+UNREADABLE = Path("/proc/self/mem")
+"""A regular file whose first byte nobody may read: a real EIO."""
+
+
+def test_a_read_error_in_the_second_pass_costs_nothing_that_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text("\n".join(sentences(i, 40)))
+    domains = {name: {"paths": [str(tmp_path / f"[{files}].txt")]} for name, files in (("a", "012"), ("b", "345"))}
+    config = corpora_config(tmp_path / "s", domains, split={"validation": 0, "test": 0})
+    source, building = tmp_path / "4.txt", tmp_path / "s.building"
+    make_tokenizer = Build.make_tokenizer
+
+    def make_it_and_lose_a_file(build: Build) -> None:
+        make_tokenizer(build)
+        source.rename(tmp_path / "kept")
+        source.symlink_to(UNREADABLE)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Build, "make_tokenizer", make_it_and_lose_a_file)
+        with pytest.raises(Resumable, match=r"4.txt: cannot be read: Input/output error; .*: it continues$"):
+            prepare(config, tmp_path)
+    (tmp_path / "kept").replace(source)
+    done = {path: path.stat().st_mtime_ns for path in building.rglob("*") if path.suffix in {".npz", ".bin"}}
+    assert {path.suffix for path in done} == {".npz", ".bin"}
+    stop_before(monkeypatch, "write_rows", config, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "made again"
+    assert prepare(config, tmp_path).made
+    fresh = corpora_config(tmp_path / "fresh", domains, split={"validation": 0, "test": 0})
+    assert prepare(fresh, tmp_path).made
+    assert files_of(config.output) == files_of(fresh.output)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETIMEDOUT, errno.EROFS])
+def test_a_write_that_storage_refuses_for_a_while_can_be_continued(tmp_path: Path, number: int) -> None:
+    message = rf"x: cannot be written: {os.strerror(number)}; .* run the same command again: it continues$"
+    with pytest.raises(Resumable, match=message), atomic_file(tmp_path / "x"):
+        raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), OSError("of a library, without a number")])
+def test_a_write_that_stays_refused_is_not_to_be_repeated(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(DataError, match=r"x: cannot be written: (no|of a library, without a number)$") as raised:  # noqa: SIM117
+        with atomic_file(tmp_path / "x"):
+            raise error
+    assert not isinstance(raised.value, Resumable)
 
 
 # --- the parts -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import yaml
 
 from mixwright.data_mixing.corpora import DomainSource, find_files, load_corpora_config
 from mixwright.data_mixing.errors import ConfigError, DataError
+from mixwright.data_mixing.prepare import prepare
 from mixwright.data_mixing.sources import find_inputs, plan_tasks, source_signature
 from tests.data_mixing.corpora_for_tests import corpora_config, corpora_tree, sentences, two_domains, write_jsonl
 
@@ -91,6 +92,27 @@ def test_output_and_tokenizer_paths_start_at_the_configuration_file(tmp_path: Pa
     assert config.output == tmp_path / "out"
     assert config.tokenizer.path == str(tmp_path / "tok")
     assert load(tmp_path, tokenizer={"path": "someone/on-the-hub"}).tokenizer.path == "someone/on-the-hub"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_path_starts_at_the_configuration_file_and_a_hub_name_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    write_jsonl(tmp_path / "text" / "train.jsonl", sentences(1, 60))
+    (tmp_path / "else" / "where").mkdir(parents=True)
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path / "else" / "where")
+    domains = {"a": {"dataset": {"path": "../text", "streaming": streaming}}}
+    config = load(tmp_path / "configs", domains=domains)
+    assert prepare(config, tmp_path / "configs").manifest.domains[0].splits["train"].num_rows > 0
+    assert not prepare(config, tmp_path / "configs").made
+    write_jsonl(tmp_path / "text" / "train.jsonl", sentences(2, 60))
+    with pytest.raises(DataError, match="holds a store made of other documents"):
+        prepare(config, tmp_path / "configs")
+    hub = load(tmp_path / "configs", domains={"a": {"dataset": {"path": "someone/text"}}})
+    (item,) = find_inputs(hub, tmp_path / "configs")
+    assert item.source.dataset is not None
+    assert item.source.dataset.path == "someone/text"
 
 
 def test_sizes_may_carry_units(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixwright.data_mixing.config_file import validate
 from mixwright.data_mixing.errors import ConfigError
@@ -18,12 +19,15 @@ from mixwright.data_mixing.weighting import (
     Samples,
     WeightingState,
     bag_instance_loss,
+    domain_means,
     effective_samples,
     exact_weights,
     exponents,
+    find_range,
     lagged_factors,
     mirror_descent_logit,
     normalised,
+    per_domain,
     two_term_loss,
     updated,
 )
@@ -125,6 +129,57 @@ def test_normalising_inside_domains_leaves_each_domain_its_part() -> None:
     assert weight_S[:3].tolist() == pytest.approx((weights(samples([2.0, 2.2, 2.4]), r=0.4) / 3).tolist(), abs=1e-6)
     across = weights(these, 2, within="batch", r=0.4)
     assert across[:3].sum().item() < 0.2
+
+
+@pytest.mark.parametrize("quantiles", [(0.0, 1.0), (0.1, 0.8)])
+def test_sums_and_ranges_by_domain_are_those_of_a_loop_over_domains(quantiles: tuple[float, float]) -> None:
+    chance, num_domains = torch.Generator().manual_seed(0), 40
+    domain_S = torch.randint(0, 30, (400,), generator=chance)  # ten domains are not seen
+    loss_S = 3 * torch.rand(400, generator=chance)
+    loss_S[::17] = math.nan
+    loss_S[domain_S == 5] = math.inf  # one has nothing but samples that are left out
+    tokens_S = torch.randint(0, 512, (400,), generator=chance).float()
+    these = Samples(loss_S, tokens_S, domain_S)
+    low_G, high_G = find_range(weighting(within="domain", quantiles=quantiles), loss_S, domain_S, num_domains)
+    sum_G, mean_G = per_domain(tokens_S, these, num_domains), domain_means(these, num_domains)
+    for domain in range(num_domains):
+        ours = [place for place in (domain_S == domain).nonzero().flatten().tolist() if math.isfinite(loss_S[place])]
+        tokens = [tokens_S[place].item() for place in ours]
+        expected = [math.nan, math.nan, math.nan]
+        if ours:
+            ends = torch.quantile(loss_S[ours], torch.tensor(quantiles)).tolist()
+            expected = [*ends, sum((loss_S[ours] * tokens_S[ours]).tolist()) / sum(tokens)]
+        assert [low_G[domain].item(), high_G[domain].item()] == pytest.approx(expected[:2], rel=0, abs=0, nan_ok=True)
+        assert sum_G[domain] == sum(tokens)
+        assert mean_G[domain].item() == pytest.approx(expected[2], rel=1e-14, nan_ok=True)
+    assert len(ours) == 0
+
+
+class _Work(TorchDispatchMode):
+    """Counts operations and keeps the size of the largest tensor that one makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        sizes = [part.numel() for part in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(part)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("within", ["batch", "domain"])
+def test_work_grows_with_samples_plus_domains_and_not_with_their_product(within: str) -> None:
+    these = samples([2.0, 2.5, 3.0, 4.0] * 8, domains=[3, 1, 0, 2] * 8)
+    work: dict[int, _Work] = {}
+    for num_domains in (4, 4000):
+        with _Work() as work[num_domains]:
+            updated(WeightingState.none(num_domains), weighting(within=within, rho=0.5), these, 1.0)
+            weights(these, num_domains, within=within, rho=0.5)
+    assert work[4].operations == work[4000].operations > 0
+    assert work[4000].largest <= 2 * 4000  # two ends of the range
 
 
 def test_excess_compares_with_what_is_usual_in_the_domain() -> None:

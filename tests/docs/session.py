@@ -129,13 +129,14 @@ def await_that(
 
 def environment(home: Path) -> dict[str, str]:
     """That of a reader who has activated the virtual environment; what is slow to make is taken from the real home."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    from mixwright.pretrain.engine import extensions_folder  # deepspeed, seconds that only these tests need
+
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))},
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HOME": str(home), "SHELL": "/bin/bash", "TERM": "dumb",
         "COLUMNS": "160", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(caches / "torch_extensions")),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(extensions_folder())),
         "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(home / "matplotlib")),
     }  # fmt: skip
 

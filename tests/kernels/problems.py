@@ -88,6 +88,27 @@ def random_problem(
     )
 
 
+OVERFLOWS = {"float16": torch.float16, "float32": torch.float32, "inf - inf": torch.float32}
+
+
+def overflowing(problem: Problem, kind: str, row: int, weight: float) -> tuple[Problem, Problem]:
+    """The problem, in 8 dimensions and without targets 5, and with a finite hidden row whose logit 5 overflows.
+
+    All upstream gradients of the row are `weight`. The kind "inf - inf" takes a bias of -inf there: the logit is NaN.
+    """
+    dtype = OVERFLOWS[kind]
+    problem = replace(problem.to(dtype), targets_N=torch.where(problem.targets_N == 5, 6, problem.targets_N))
+    problem.weight_VD[5] = 60
+    if kind == "inf - inf" and problem.bias_V is not None:
+        problem.bias_V[5] = -torch.inf
+    for upstream_N in (problem.dnll_N, problem.dlse_N, problem.dentropy_N):
+        if upstream_N is not None:
+            upstream_N[row] = weight  # a copy: the problem was float64
+    hidden_ND = problem.hidden_ND.clone()
+    hidden_ND[row] = 6e4 if dtype == torch.float16 else 4e37
+    return problem, replace(problem, hidden_ND=hidden_ND)
+
+
 def assert_all_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     """Largest error of each tensor at most `tolerance` times its largest value."""
     assert len(found) == len(expected)

@@ -102,6 +102,35 @@ def test_rows_that_are_not_counted_are_zero_and_influence_nothing() -> None:
     assert torch.equal(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_row_whose_logits_overflow_is_lost_only_if_it_counts(temperature: float, dtype: torch.dtype) -> None:
+    hidden_ND, weight_VD, teachers, upstream_N = random_ensemble()
+    hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+    weight_VD[5] = 60
+    overflowing_ND = hidden_ND.clone()
+    overflowing_ND[3] = 6e4 if dtype == torch.float16 else 5e37
+    teachers = [Teacher(t.hidden_ND.float(), t.weight_VD.float()) for t in teachers]
+    poisoned = [Teacher(t.hidden_ND.index_fill(0, torch.tensor([3]), torch.nan), t.weight_VD) for t in teachers]
+
+    def gradients(hidden_ND: Tensor, teachers: list[Teacher], weight: float) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden_ND, weight_VD)]
+        kl_N = linear_ensemble_kl(*leaves, teachers, temperature=temperature)
+        return list(torch.autograd.grad(kl_N, leaves, upstream_N.float().index_fill(0, torch.tensor([3]), weight)))
+
+    base = gradients(hidden_ND, teachers, 0.0)
+    cases = [
+        (overflowing_ND, teachers),
+        (hidden_ND, poisoned),
+        (hidden_ND.index_fill(0, torch.tensor([3]), torch.inf), teachers),
+    ]
+    for case in cases:
+        silent, lost = gradients(*case, 0.0), gradients(*case, 1.0)
+        assert all(torch.equal(a, b) for a, b in zip(silent, base, strict=True))
+        assert lost[0][3].isnan().all()
+        assert lost[1].isnan().all()
+
+
 def test_16_bit_student_has_float32_values_and_teachers_of_another_dtype() -> None:
     hidden_ND, weight_VD, teachers, _ = random_ensemble()
     hidden_bf, weight_bf = hidden_ND.bfloat16(), weight_VD.bfloat16().requires_grad_()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixwright.kernels.linear_loss import linear_loss
 from mixwright.kernels.linear_nll import linear_nll, linear_nll_reference
-from tests.kernels.problems import Problem, assert_all_close, random_problem
+from tests.kernels.problems import OVERFLOWS, Problem, assert_all_close, overflowing, random_problem
 
 
 def run_scalar(problem: Problem, z_loss: float = 0.0, upstream: float = 1.0) -> list[Tensor]:
@@ -87,6 +87,20 @@ def test_a_row_that_is_not_finite_and_counts_makes_loss_and_gradient_nan() -> No
     found = run_scalar(problem)
     assert found[0].isnan()
     assert found[4].isnan().all()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("kind", OVERFLOWS)
+def test_a_row_whose_logits_overflow_is_lost_only_if_it_counts(kind: str, z_loss: float) -> None:
+    options = {"softcap": 3.0} if kind == "inf - inf" else {}
+    problem = random_problem(30, 8, 257, bias=True, **options)
+    base, silent = (run_scalar(p, z_loss) for p in overflowing(problem, kind, 3, 0.0))
+    assert not silent[1][3].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip([silent[0], *silent[3:]], [base[0], *base[3:]], strict=True))
+    lost = run_scalar(overflowing(problem, kind, 3, 1.0)[1], z_loss)
+    assert not lost[0].isfinite()
+    assert lost[3][3].isnan().all()
+    assert lost[4].isnan().all()
 
 
 def test_a_batch_without_targets_has_loss_zero_and_a_connected_graph() -> None:

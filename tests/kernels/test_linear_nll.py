@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixwright.kernels.linear_nll import linear_nll, linear_nll_reference
-from tests.kernels.problems import assert_all_close, random_problem
+from tests.kernels.problems import OVERFLOWS, assert_all_close, overflowing, random_problem
 
 ENGINES: dict[str, dict[str, Any]] = {
     "cached": {"engine": "cached"},
@@ -246,6 +246,37 @@ def test_a_row_of_weight_zero_has_no_influence_even_if_it_is_not_finite(bad: flo
     poisoned = replace(silenced, hidden_ND=torch.where(dead_N[:, None], bad, problem.hidden_ND))
     base, found = (p.run(linear_nll, **ENGINES[engine]) for p in (silenced, poisoned))
     assert found[0][dead_N].isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(found[2:], base[2:], strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy": True}, {"softcap": 3.0}, {"temperature": 0.7}])
+@pytest.mark.parametrize("kind", OVERFLOWS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_row_whose_logits_overflow_is_lost_only_if_it_counts(engine: str, kind: str, options: dict[str, Any]) -> None:
+    problem = random_problem(30, 8, 257, bias=True, **options)
+    for weight in (0.0, 1.0):
+        base, found = (p.run(linear_nll, **ENGINES[engine]) for p in overflowing(problem, kind, 3, weight))
+        if "softcap" in options and kind != "inf - inf":  # the cap holds infinite logits
+            assert all(tensor.isfinite().all() for tensor in found)
+        elif weight == 0:
+            assert not found[0][3].isfinite()
+            assert all(torch.equal(a, b) for a, b in zip(found[-3:], base[-3:], strict=True))
+        else:
+            assert found[-3][3].isnan().all()
+            assert found[-2].isnan().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_target_of_probability_zero_and_weight_zero_has_no_influence(engine: str) -> None:
+    problem = random_problem(30, 8, 257, bias=True)
+    assert problem.bias_V is not None
+    problem.bias_V[7] = -torch.inf
+    problem.targets_N[problem.targets_N == 7] = 8
+    problem.dnll_N[3] = problem.dlse_N[3] = 0
+    base = problem.run(linear_nll, **ENGINES[engine])
+    problem.targets_N[3] = 7
+    found = problem.run(linear_nll, **ENGINES[engine])
+    assert found[0][3] == torch.inf
     assert all(torch.equal(a, b) for a, b in zip(found[2:], base[2:], strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mixwright.kernels.blocks import Needs, RowOptions
+from mixwright.kernels import blocks, vocab_parallel
+from mixwright.kernels.blocks import Needs, RowOptions, rows_per_cached_block
 from mixwright.kernels.head_inputs import HeadInputs
 from mixwright.kernels.late_bound import backward_late_bound, forward_late_bound
 from mixwright.kernels.linear_loss import linear_loss
@@ -94,3 +96,37 @@ def test_the_recomputing_engine_never_holds_logits_of_all_tokens_and_classes() -
     largest = [max(shape[0] * shape[1] for shape in shapes_of(needs, n) if len(shape) == 2) for n in (200, 0)]
     assert largest[0] == 200 * 257
     assert largest[1] <= 200 * 256  # one slice of the backward, at its least width
+
+
+def test_logits_that_do_not_fit_the_cache_take_blocks_of_a_bounded_scratch_on_a_gpu() -> None:
+    pytest.importorskip("triton")
+    vocabulary, gpu = 131_072, torch.device("cuda")
+    assert rows_per_cached_block(vocabulary, torch.bfloat16, gpu, precise=False) == 8192
+    assert rows_per_cached_block(vocabulary, torch.float32, gpu, precise=True) == 8192
+    rows = rows_per_cached_block(vocabulary, torch.bfloat16, gpu, precise=True)
+    assert rows * vocabulary * 4 == blocks.GPU_SCRATCH_BYTES
+    assert rows_per_cached_block(100, torch.bfloat16, gpu, precise=True) == 8192
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_float32_logits_of_a_block_are_dropped_before_the_next_are_made(
+    sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    raw_logits = blocks.raw_logits
+
+    def watched(*inputs: Any, **options: Any) -> Tensor:
+        assert not made or made[-1]() is None
+        logits_nv = raw_logits(*inputs, **options)
+        made.append(weakref.ref(logits_nv))
+        return logits_nv
+
+    monkeypatch.setattr(blocks, "raw_logits", watched)
+    problem = random_problem(37, 8, 50).to(torch.bfloat16)
+    head = HeadInputs(problem.hidden_ND, problem.weight_VD, None, problem.targets_N, None, None, -100)
+    if sharded:
+        cache_NV, unit_ND = problem.hidden_ND.new_empty(37, 50), torch.empty_like(problem.hidden_ND)
+        vocab_parallel._shard_pass(head, cache_NV, unit_ND, RowOptions(precise=True))
+    else:
+        forward_late_bound(head, 37, True, RowOptions(precise=True))
+    assert len(made) == 3

@@ -9,6 +9,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +20,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from mixwright.kernels import blocks, rows_torch, rows_triton
+from mixwright.kernels.linear_loss import linear_loss
 from mixwright.kernels.linear_nll import linear_nll, linear_nll_reference
-from tests.kernels.problems import assert_all_close, random_problem
+from tests.kernels.problems import OVERFLOWS, Problem, assert_all_close, overflowing, random_problem
 
 FEATURES: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -219,6 +222,64 @@ def test_the_whole_head_on_16_bit_triton_rows(engine: Any, monkeypatch: pytest.M
     found, precise = (problem.run(linear_nll, engine=engine, precise=precise) for precise in (False, True))
     assert_all_close(found, exact, 2e-2)
     assert_all_close(precise[:2], exact[:2], 1e-6)
+
+
+@pytest.mark.parametrize("rows", [rows_torch, rows_triton])
+def test_a_capped_logit_that_is_nan_leaves_a_zero_gradient_and_slope_in_its_row(rows: ModuleType) -> None:
+    logits_nv, columns_n = random_logits(7)
+    logits_nv[2, columns_n[2]] = torch.nan
+    stats = rows.shard_gradient_(logits_nv, columns_n, 3.0, None)
+    assert not logits_nv[2].any()
+    assert stats.target_slope_n[2] == 0
+    assert logits_nv.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("head", ["cached", "recompute", "entropy", "linear_loss"])
+@pytest.mark.parametrize("kind", OVERFLOWS)
+def test_a_row_whose_logits_overflow_is_lost_only_if_it_counts(
+    kind: str, head: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "row_kernels", lambda device, dtype: rows_triton)
+    options: dict[str, Any] = {"softcap": 3.0} if kind == "inf - inf" else {}
+    problem = random_problem(12, 8, 70, bias=True, entropy=head == "entropy", **options)
+
+    def dweight_VD(problem: Problem) -> Tensor:
+        if head != "linear_loss":
+            return problem.run(linear_nll, engine="cached" if head == "cached" else "recompute")[-2]
+        weight_VD = problem.weight_VD.clone().requires_grad_()
+        z_loss: dict[str, Any] = {"z_loss": 0.1, "z_weight_N": problem.dlse_N, "bias_V": problem.bias_V}
+        inputs = problem.hidden_ND, weight_VD, problem.targets_N, problem.dnll_N
+        linear_loss(*inputs, **z_loss, **problem.options).loss_sum.backward()
+        assert weight_VD.grad is not None
+        return weight_VD.grad
+
+    base_VD, silent_VD = (dweight_VD(p) for p in overflowing(problem, kind, 3, 0.0))
+    assert torch.equal(silent_VD, base_VD)
+    assert dweight_VD(overflowing(problem, kind, 3, 1.0)[1]).isnan().all()
+
+
+def test_kernels_are_launched_under_the_device_of_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[Any] = []
+
+    @contextmanager
+    def device_of(tensor: Any) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **__: launches.append(list(current))
+
+    launches: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(rows_triton, "_unit_gradient_kernel", Kernel())
+    monkeypatch.setattr(rows_triton, "_sliced_gradient_kernel", Kernel())
+    logits_nv, targets_n = random_logits(7)
+    rows_triton.unit_gradient_(logits_nv, targets_n, None, None, lambda rows: rows)
+    rows_triton.sliced_gradient_(logits_nv, targets_n, None, None, logits_nv[:, 0], logits_nv[:, 0])
+    assert launches == [[logits_nv.device]] * 2
 
 
 COMPILE = """

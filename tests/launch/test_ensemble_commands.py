@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mixwright.launch.training_runs import Launch, find_result, perform_run, with_absolute_paths
+from mixwright.launch import training_runs
+from mixwright.launch.training_runs import ATTEMPTS, Launch, find_result, perform_run, with_absolute_paths
 from mixwright.pretrain.ensemble.config import ResourcesConfig, Runs, load_ensemble_config
 from mixwright.pretrain.ensemble.member import Member, inspect_member
 from mixwright.pretrain.errors import TrainingError
@@ -160,6 +161,21 @@ def test_a_run_that_diverges_is_a_result_and_one_that_cannot_start_is_an_error(
     missing = tiny_config(tmp_path, tmp_path / "nowhere", run__name="missing")
     with pytest.raises(TrainingError, match=r"run .*missing ended with exit code 2: error: .*nowhere"):
         perform_run(Launch(missing, ResourcesConfig()))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code", "attempts"), [(1, 70, 1), (1, 1, 1), (2, 1, ATTEMPTS), (1, 75, ATTEMPTS), (1, -9, ATTEMPTS)]
+)
+def test_a_run_that_breaks_has_not_diverged(
+    ranks: int, code: int, attempts: int, tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The codes are those of real processes, the processes are not: torchrun makes 1 of every code of a rank."""
+    config, codes = tiny_config(tmp_path, tiny_store), [code] * attempts
+    monkeypatch.setattr(training_runs, "_train", lambda launch: codes.pop())
+    with pytest.raises(TrainingError, match=f"exit code {code}" if attempts == 1 else f"not end in {ATTEMPTS} att"):
+        perform_run(Launch(config, ResourcesConfig(ranks=ranks, cpus=ranks)))
+    assert not codes
+    assert find_result(config) is None
 
 
 def test_runs_are_sent_with_paths_that_hold_anywhere(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mixwright.pretrain.progress import Progress
 from tests.pretrain.preferences import CHAT, text_rows, write_rows, write_tokenizer
 from tests.pretrain.tiny import LLAMA
 
@@ -46,6 +48,15 @@ def rpo_tree(folder: Path, model: Path, pairs: Path, **changes: Any) -> dict[str
         section, _, name = key.partition("__")
         tree.setdefault(section, {})[name] = value
     return tree
+
+
+class Silent:
+    """A watcher that shows nothing."""
+
+    def say(self, text: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def close(self) -> None: ...
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
 
 
 def write_pairs(path: Path, count: int = 45) -> Path:

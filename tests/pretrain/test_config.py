@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixwright.data_mixing.config_file import load_config, validate
+from mixwright.data_mixing.config_file import load_config, shown_differences, validate
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.pretrain.config import PretrainConfig, load_pretrain_config
 from tests.pretrain.tiny import tiny_tree
@@ -99,3 +99,16 @@ def test_a_policy_file_is_read_beside_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tiny_tree(tmp_path, tmp_path / "store", mixing__policy="policy.yaml")))
     assert load_pretrain_config(path).mixing.policy == {"kind": "static", "mixture": {"a": 1}}
+
+
+def test_the_first_differing_keys_of_two_configurations_are_told_with_both_values() -> None:
+    there = tiny_tree(Path("runs"), Path("store"), run__init_seed=None)
+    here = tiny_tree(Path("runs"), Path("store"), optimizer__lr=3e-3, run__seed=5, run__init_seed=None)
+    assert shown_differences(there, here) == "run.seed: 3 there, 5 here; optimizer.lr: 0.01 there, 0.003 here"
+    here["training"] = {"num_steps": 12}
+    assert shown_differences(there, here).endswith(
+        "optimizer.lr: 0.01 there, 0.003 here; training.rows_per_step: 8 there, None here; 2 more"
+    )
+    here["data"] = None
+    assert shown_differences({"data": there["data"]}, {"data": None}) == "data: {'store': 'store'} there, None here"
+    assert shown_differences(there, there) == ""

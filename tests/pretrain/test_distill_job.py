@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mixwright.data_mixing.errors import ConfigError
+from mixwright.launch.console import RunConsole
+from mixwright.launch.distill import student_run
+from mixwright.launch.distill_commands import prepare_from
 from mixwright.pretrain.ensemble.member import Member
 from tests.pretrain.jobs import BIN, ROOT, digests, finish, history_of, metrics, wait_for_step
 from tests.pretrain.tiny import tiny_tree
@@ -140,6 +145,36 @@ def test_several_ranks_ask_for_what_one_process_makes(
     assert code == 2
     assert "run `mixwright distill prepare" in output
     assert "Traceback" not in output
+
+
+def test_several_ranks_train_what_was_prepared_or_say_what_differs(
+    members: list[Member], tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    console = RunConsole(quiet=True)
+    config = write_distillation(tmp_path, tiny_store, members[:1], **ONLINE, teacher_temperature=1.0)
+    prepare_from(config, [], console)
+    run = student_run(config, [], console)
+    assert run.distillation is not None
+    assert run.distillation.share == 0.8
+
+    def refusal(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as refused:
+            student_run(config, overrides, console)
+        return str(refused.value)
+
+    other = refusal("logits.share=0.5")
+    assert "from other settings (distillation.logits.share: 0.8 there, 0.5 here)" in other
+    command = re.findall("`(.*)`", other)[0]
+    assert command == f"mixwright distill prepare {config} logits.share=0.5"
+    subprocess.run([BIN / "mixwright", *command.split()[1:]], check=True, capture_output=True, timeout=200)
+    assert student_run(config, ["logits.share=0.5"], console).distillation.share == 0.5  # type: ignore[union-attr]
+    tree = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    tree["optimizer"]["lr"] = 0.5
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    assert "run.optimizer.lr: 0.01 there, 0.5 here" in refusal("logits.share=0.5")
+    (tmp_path / "teachers" / "student.source.json").unlink()
+    assert "not prepared, or not to the end: run `mixwright distill prepare" in refusal()
 
 
 def test_what_does_not_go_together_is_refused_before_training(

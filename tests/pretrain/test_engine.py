@@ -19,6 +19,7 @@ from mixwright.pretrain.engine import (
     accumulation_steps,
     decayed_groups,
     deepspeed_settings,
+    extensions_folder,
     own_device,
     pretrain_settings,
     start_ranks,
@@ -227,3 +228,12 @@ def test_a_port_that_another_job_has_is_named() -> None:
     expected = f"TrainingError: MASTER_PORT: port {port} is taken on this machine"
     assert expected in done.stderr
     assert f"`deepspeed --master_port {port + 1} ...`" in done.stderr
+
+
+def test_environments_do_not_share_their_compiled_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = extensions_folder()
+    assert extensions_folder() == here
+    monkeypatch.setattr(sys, "prefix", "/opt/another")
+    other = extensions_folder()
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    assert len({here, other, extensions_folder()}) == 3

@@ -168,6 +168,19 @@ def test_an_interrupt_leaves_a_checkpoint_of_that_step(undisturbed: Path, tiny_s
     assert checkpoint.digest == digests(undisturbed)[checkpoint.step - 1]
 
 
+def test_a_validation_that_a_stop_did_not_wait_for_is_made_up_for(tiny_store: Path, tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path, tiny_store, training__num_steps=20, evaluation__every=1)
+    config, run_dir = write_config(tmp_path, tree), tmp_path / "tiny"
+    job = start_job(config)
+    wait_for_step(run_dir, 3, job)
+    job.send_signal(signal.SIGTERM)
+    assert finish(job)[0] == 75
+    stopped = history_of(run_dir).checkpoints[-1].step
+    assert [record["step"] for record in metrics(run_dir, "validation")] == list(range(1, stopped))
+    run_job(config)
+    assert [record["step"] for record in metrics(run_dir, "validation")] == list(range(1, 21))
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_word(tiny_store: Path, tmp_path: Path) -> None:
     config, run_dir = config_in(tmp_path, tiny_store), tmp_path / "tiny"
     job = start_job(config)

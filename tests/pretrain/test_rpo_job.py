@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixwright.data_mixing.errors import MixingError
-from mixwright.pretrain.progress import Progress
 from mixwright.pretrain.rpo.config import load_rpo_config
 from mixwright.pretrain.rpo.job import run_rpo
 from mixwright.pretrain.rpo.pairs import open_pairs
 from tests.pretrain.jobs import digests, finish, metrics, run_job, start_job, wait_for_step, write_config
-from tests.pretrain.rpo_cases import NUM_STEPS, rpo_tree, write_model, write_pairs
+from tests.pretrain.rpo_cases import NUM_STEPS, Silent, rpo_tree, write_model, write_pairs
 
 SCRIPT = "rpo.py"
 ACCELERATE = (
@@ -122,6 +120,19 @@ def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(home: Path, tm
     assert list((tmp_path / "aligned" / "checkpoints").glob("step-*/sealed.json"))
 
 
+def test_an_evaluation_that_a_stop_did_not_wait_for_is_made_up_for(home: Path, tmp_path: Path) -> None:
+    quick = {"evaluation__every": 1, "evaluation__kl_samples": 0, "evaluation__generations": 0}
+    config, run_dir = config_in(home, tmp_path, training__num_steps=20, **quick), tmp_path / "aligned"
+    job = start_job(config, script=SCRIPT)
+    wait_for_step(run_dir, 3, job)
+    job.send_signal(signal.SIGTERM)
+    assert finish(job)[0] == 75
+    stopped = metrics(run_dir, "step")[-1]["step"]
+    assert [record["step"] for record in metrics(run_dir, "evaluation")] == list(range(stopped))
+    run_job(config, script=SCRIPT)
+    assert [record["step"] for record in metrics(run_dir, "evaluation")] == list(range(21))
+
+
 @pytest.mark.parametrize(
     ("how", "zero_stage", "layout"),
     [({"launcher": ACCELERATE}, 0, "packed"), ({"num_ranks": 2}, 3, "shared_prompt")],
@@ -193,7 +204,8 @@ def test_micro_batches_add_up_where_deepspeed_keeps_the_gradients(
     """It must see every backward pass begin, or it counts earlier micro-batches of a step twice."""
     quick = {"evaluation__every": 0, "evaluation__kl_samples": 0, "evaluation__generations": 0}
     run_job(config_in(home, tmp_path, **how, **quick), "training.micro_batch_pairs=2", script=SCRIPT)
-    found, expected = (of_steps(folder, "grad_norm")[:4] for folder in (tmp_path / "aligned", undisturbed))
+    # From the fourth step on the courses of bfloat16 and float32 part, whatever the micro-batches.
+    found, expected = (of_steps(folder, "grad_norm")[:3] for folder in (tmp_path / "aligned", undisturbed))
     assert found == pytest.approx(expected, rel=tolerance)
 
 
@@ -237,7 +249,8 @@ def test_a_damaged_reference_is_found_by_computing_some_again(home: Path, tmp_pa
     assert "differ by" in line
     code, line = refusal(config, "run.name=again", "reference.verify_pairs=0")
     assert code == 2
-    assert "before the first step is" in line
+    assert "the policy before the first step is" in line
+    assert "(reference.tolerance: 0.001)" in line
 
 
 @pytest.mark.parametrize(
@@ -260,15 +273,6 @@ def test_bad_input_is_one_clear_line(home: Path, tmp_path: Path, changes: dict[s
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "aligned" / "metrics.jsonl").exists()
-
-
-class Silent:
-    """A watcher that shows nothing."""
-
-    def say(self, text: str) -> None: ...
-    def progress(self, progress: Progress) -> None: ...
-    def close(self) -> None: ...
-    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
 
 
 def test_a_run_that_was_begun_with_another_objective_is_not_continued(home: Path, undisturbed: Path) -> None:

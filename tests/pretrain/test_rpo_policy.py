@@ -277,7 +277,7 @@ def test_an_adapter_of_the_output_projection_is_refused(folder_of: dict[str, str
 
 def test_too_few_positions_are_refused(folder_of: dict[str, str]) -> None:
     config = PolicyModelConfig(path=folder_of["llama"])
-    with pytest.raises(TrainingError, match="max_tokens = 65 exceeds the model's max_position_embeddings = 64"):
+    with pytest.raises(TrainingError, match="up to 65 tokens exceed the model's max_position_embeddings = 64"):
         load_policy(config, layout="packed", max_tokens=65)
 
 
