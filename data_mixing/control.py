@@ -28,6 +28,8 @@ from mixwright.data_mixing.run_status import entry_record, run_status
 
 logger = logging.getLogger(__name__)
 
+JOURNAL_S = 30.0
+"""Of the time of a decision, what reading and writing the journal may take."""
 MAX_HISTORY_ENTRIES = 1000
 
 
@@ -86,6 +88,11 @@ class MixingController:
             written += self._journal.append_after(self._history.last_lsn, body) is not None
             self._catch_up()
         return written
+
+    def decision_limit_s(self) -> float:
+        """How long `advance` may take: what the policies that decide are given, and some time for the journal."""
+        policies = [self._history.policies[root] for root in self._history.measures_from]
+        return JOURNAL_S + sum(max((mark.timeout_s for mark in policy.marks), default=0.0) for policy in policies)
 
     def pause(self, held: bool, request_id: str = "", author: str = "", why: str = "") -> Answer:
         """Hold the mixture of online policies from their next decision on, or let them decide again.

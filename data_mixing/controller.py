@@ -34,19 +34,24 @@ OBJECT_STORE_BYTES = 80 << 20
 DECIDE_INTERVAL_S = 0.05
 """How often a controller looks for decisions that are due: one `stat` when there is nothing new."""
 RETRY_INTERVAL_S = 5.0
+BUSY_S = 8.0
+"""How long a verb waits for a decision under way. Pings queue behind it, and their host gives them 10 s."""
 
 
 class ControllerActor:
     """MixingController as a Ray actor: plain data in, `{"ok": ...}` or `{"error": class, "message": ...}` out.
 
     The controller is built at the first call, and again after the journal could not be used: a constructor that fails
-    would end the actor for good. A thread makes the decisions of online policies; verbs wait for one under way.
+    would end the actor for good. A thread makes the decisions of online policies; verbs wait for one under way, but not
+    long. A ping does not wait while the decision has its time still: a user's code may think for minutes.
     """
 
     def __init__(self, journal_folder: str, holder: str, token_digest: str) -> None:
         self._journal_folder, self._holder, self._token_digest = Path(journal_folder), holder, token_digest
         self._controller: MixingController | None = None
         self._lock = threading.RLock()
+        self._pong: Answer = {}
+        self._decides_until = 0.0
         threading.Thread(target=self._decide, name="decide", daemon=True).start()
 
     def submit(self, document: Any, request_id: str = "", token: str | None = None) -> Answer:
@@ -80,7 +85,13 @@ class ControllerActor:
         return self._answer(lambda controller: controller.history(since_lsn))
 
     def ping(self) -> Answer:
-        return self._answer(lambda controller: {**controller.ping(), "token_digest": self._token_digest})
+        if self._pong and time.monotonic() < self._decides_until:
+            return {"ok": self._pong}
+        return self._answer(self._ping)
+
+    def _ping(self, controller: MixingController) -> Answer:
+        self._pong = {**controller.ping(), "token_digest": self._token_digest}
+        return self._pong
 
     def _decide(self) -> None:
         """Thread: journal what online policies decide, as soon as it is due."""
@@ -89,12 +100,19 @@ class ControllerActor:
             try:
                 with self._lock:
                     if self._controller is not None:
-                        self._controller.advance()
+                        self._advance(self._controller)
             except JournalConflict:
                 return  # another controller decides from now on; the next verb ends this actor
             except Exception:
                 logger.exception("a decision cannot be made, trying again in %g s", RETRY_INTERVAL_S)
                 time.sleep(RETRY_INTERVAL_S)
+
+    def _advance(self, controller: MixingController) -> None:
+        self._decides_until = time.monotonic() + controller.decision_limit_s()
+        try:
+            controller.advance()
+        finally:
+            self._decides_until = 0.0
 
     def _change(self, name: str, token: str | None, verb: Callable[[MixingController], Answer]) -> Answer:
         """The answer of a verb that changes something."""
@@ -109,13 +127,18 @@ class ControllerActor:
         return None
 
     def _answer(self, verb: Callable[[MixingController], Answer]) -> Answer:
-        with self._lock:
+        if not self._lock.acquire(timeout=BUSY_S):
+            return failure(ServiceUnavailable("an online policy is deciding: try again in a moment"))
+        try:
             return self._locked_answer(verb)
+        finally:
+            self._lock.release()
 
     def _locked_answer(self, verb: Callable[[MixingController], Answer]) -> Answer:
         try:
             if self._controller is None:
                 self._controller = MixingController(self._journal_folder, self._holder)
+                self._ping(self._controller)
             return {"ok": verb(self._controller)}
         except JournalConflict as error:
             logger.error("this controller ends: %s", error)

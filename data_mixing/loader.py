@@ -329,8 +329,11 @@ def open_loader(
     A policy becomes effective at least `lead_steps` after it is seen, which must be prefetch_steps + 3 or more. Where
     an online policy measures, `validate` is called with at most `validation_rows` fixed rows of every domain.
 
-    Raises JournalError, PolicyRejected or StoreChanged when the run cannot be opened, on every rank.
+    Raises JournalError, PolicyRejected or StoreChanged when the run cannot be opened, MixingError for numbers that do
+    not go together, on every rank.
     """
+    if prefetch_steps < 1:
+        raise MixingError(f"prefetch_steps must be positive, found {prefetch_steps}")
     if lead_steps < prefetch_steps + 3:
         raise MixingError(f"lead_steps must be at least prefetch_steps + 3 = {prefetch_steps + 3}, found {lead_steps}")
     if micro_batch_rows < 1 or report_every < 1:
@@ -338,7 +341,10 @@ def open_loader(
             f"micro_batch_rows and report_every must be positive, found {micro_batch_rows}, {report_every}"
         )
     ranks = Ranks.of(rank, num_ranks, sum_over_ranks)
+    if begin is not None and isinstance(begin.rows_per_step, int):
+        _check_even(begin.rows_per_step, ranks.size, micro_batch_rows)
     leader, history = _open_run(run_dir, store, begin, ranks, start_step, lead_steps, prefetch_steps)
+    _check_even(history.genesis.rows_per_step, ranks.size, micro_batch_rows)
     feeder = Feeder(run_dir / "journal", store, rank=ranks.rank, num_ranks=ranks.size, start_step=start_step,
                     prefetch_steps=prefetch_steps)  # fmt: skip
     return MixingLoader(
@@ -346,6 +352,18 @@ def open_loader(
         micro_batch_rows=micro_batch_rows, start=(start_step, _digest_before(start_step, history)),
         attempt=attempt_of(history), report_every=report_every, validate=validate, validation_rows=validation_rows,
     )  # fmt: skip
+
+
+def _check_even(rows_per_step: int, num_ranks: int, micro_batch_rows: int) -> None:
+    """Raise MixingError unless all ranks make the same number of forward passes: where they talk, one would wait."""
+    shares = {-(-len(rank_positions(rows_per_step, rank, num_ranks)) // micro_batch_rows) for rank in range(num_ranks)}
+    if len(shares) > 1:
+        whole = num_ranks * micro_batch_rows
+        raise MixingError(
+            f"rows_per_step = {rows_per_step} on {num_ranks} ranks in micro-batches of {micro_batch_rows}: some ranks "
+            f"would make {min(shares)}, others {max(shares)} of them; rows_per_step = "
+            f"{-(-rows_per_step // whole) * whole} fits"
+        )
 
 
 def _open_run(
@@ -357,8 +375,8 @@ def _open_run(
     lead_steps: int,
     prefetch_steps: int,
 ) -> tuple[Leader | None, RunHistory]:
-    """The leader opens the run first; the others learn whether it could."""
-    failure: MixingError | None = None
+    """The leader opens the run first; the others learn whether it could, whatever went wrong."""
+    failure: Exception | None = None
     leader, history = None, RunHistory()
     if ranks.is_leader:
         try:
@@ -366,7 +384,7 @@ def _open_run(
             leader = Leader(
                 journal, history, start_step=start_step, lead_steps=lead_steps, prefetch_steps=prefetch_steps
             )
-        except MixingError as error:
+        except Exception as error:
             failure = error
     has_failed = bool(ranks.sum(np.array([int(failure is not None)], dtype=np.int64))[0])
     if failure is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixwright.data_mixing.acceptance import accept
-from mixwright.data_mixing.config_file import read_yaml
+from mixwright.data_mixing.config_file import read_yaml, validate
 from mixwright.data_mixing.entries import Genesis
 from mixwright.data_mixing.errors import JournalError
 from mixwright.data_mixing.history import RunHistory
@@ -31,16 +31,17 @@ class NewRun:
     seed: int = 0
 
     def genesis(self, name: str, store: TokenStore) -> Genesis:
-        """GENESIS of the run on this store."""
-        return Genesis(
-            run=name,
-            seed=self.seed,
-            sequence_length=store.manifest.sequence_length,
-            rows_per_step=self.rows_per_step,
-            num_steps=self.num_steps,
-            store_fingerprint=store.fingerprint,
-            domains=store.domains(),
-        )
+        """GENESIS of the run on this store. Raises ConfigError for a number that is out of range."""
+        tree = {
+            "run": name,
+            "seed": self.seed,
+            "sequence_length": store.manifest.sequence_length,
+            "rows_per_step": self.rows_per_step,
+            "num_steps": self.num_steps,
+            "store_fingerprint": store.fingerprint,
+            "domains": store.domains(),
+        }
+        return validate(Genesis, tree, "NewRun")
 
     def document(self) -> Mapping[str, Any]:
         return read_yaml(self.policy) if isinstance(self.policy, Path) else self.policy

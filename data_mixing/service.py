@@ -339,6 +339,11 @@ def _try_lock(descriptor: int, kind: int) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # Lustre without -o flock, some FUSE
+        raise ServiceUnavailable(
+            f"the run folder's file system has no file locks ({error.strerror}), by which a service is found: mount it "
+            "with flock, or train without a service (mixing.service: none)"
+        ) from None
     return True
 
 

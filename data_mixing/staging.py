@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mixwright.data_mixing.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _DISK_FULL = {
     errno.ENOSPC: "no space left on device",
@@ -106,9 +109,11 @@ def _locked(folder: Path) -> int:
             raise write_error(path, error) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(lock)
             raise DataError(f"{folder}: another process is at work here; wait for it to end") from None
+        except OSError as error:  # Lustre without -o flock, some FUSE
+            logger.warning("%s: no file locks here (%s): see that nobody else works on it", folder, error.strerror)
         # The folder may have been removed by its last holder between open and lock.
         if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
             return lock

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mixwright.data_mixing import controller
 from mixwright.data_mixing.answers import failure, unpack
-from mixwright.data_mixing.control import MixingController
+from mixwright.data_mixing.control import JOURNAL_S, MixingController
 from mixwright.data_mixing.controller import ControllerActor
 from mixwright.data_mixing.entries import Reject
 from mixwright.data_mixing.errors import (
@@ -209,6 +211,38 @@ def test_the_actor_answers_errors_as_data_and_reads_a_repaired_journal_anew(trai
     assert (
         unpack(actor.submit(CODE, token="secret"))["lsn"] == 7
     )  # after the lease of the controller that was built anew
+
+
+def test_a_long_decision_is_no_dead_controller_until_its_time_is_over(
+    trainer: TrainerSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deciding, released = threading.Event(), threading.Event()
+
+    def advance() -> int:
+        deciding.set()
+        released.wait(60)
+        return 0
+
+    monkeypatch.setattr(controller, "BUSY_S", 0.1)
+    actor = ControllerActor(str(trainer.run_dir / "journal"), "controller-a", token_digest("secret"))
+    first = unpack(actor.ping())
+    monkeypatch.setattr(actor._controller, "advance", advance)
+    assert deciding.wait(10)
+    assert unpack(actor.ping()) == first
+    with pytest.raises(ServiceUnavailable, match="an online policy is deciding: try again"):
+        unpack(actor.submit(CODE, token="secret"))
+    monkeypatch.setattr(actor, "_decides_until", 0.0)
+    with pytest.raises(ServiceUnavailable, match="an online policy is deciding"):
+        unpack(actor.ping())
+    released.set()
+
+
+def test_a_decision_may_take_what_its_policies_are_given(trainer: TrainerSide) -> None:
+    mixing = controller_of(trainer)
+    assert mixing.decision_limit_s() == JOURNAL_S
+    for timeout_s in (40.0, 200.0):
+        mixing.submit({"kind": "odm", "round_steps": 10, "shadow": True, "guard": {"timeout_s": timeout_s}})
+    assert mixing.decision_limit_s() == JOURNAL_S + 240.0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from mixwright.data_mixing.acceptance import accept
 from mixwright.data_mixing.entries import Mark, PolicyEntry, Report
 from mixwright.data_mixing.errors import (
+    ConfigError,
     DataError,
     JournalError,
     MixingError,
@@ -303,6 +305,8 @@ def test_ranks_default_to_what_the_launcher_says(
         (None, JournalError, "no run has begun here; say what it is to be"),
         (NewRun(policy={"kind": "static", "mixture": {"colour": 1}}, rows_per_step=4, num_steps=4), PolicyRejected,
          "did you mean 'colours'"),
+        (NewRun(policy=POLICY, rows_per_step=0, num_steps=4), ConfigError, "NewRun: rows_per_step: "),
+        (NewRun(policy=POLICY, rows_per_step=4, num_steps=4, seed=-1), ConfigError, "NewRun: seed: "),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_be_opened_is_an_error_on_every_rank(
@@ -319,6 +323,28 @@ def test_a_run_that_cannot_be_opened_is_an_error_on_every_rank(
     assert isinstance(first, error)
     assert message in str(first)
     assert "could not open the run" in str(second)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "micro", "fits"), [(10, 4, 2, 16), (2, 4, 2, 8), (13, 3, 4, 24), (9, 2, 4, 16)]
+)
+def test_numbers_of_micro_batches_that_differ_between_ranks_are_refused_before_anything_is_written(
+    store: TokenStore, tmp_path: Path, rows: int, size: int, micro: int, fits: int
+) -> None:
+    for rank in range(size):
+        arguments = {"rank": rank, "num_ranks": size, "sum_over_ranks": lambda array: array}
+        with pytest.raises(
+            MixingError, match=rf"rows_per_step = {rows} on {size} ranks .*; rows_per_step = {fits} fits"
+        ):
+            open_loader(
+                tmp_path / "run", store, begin=replace(NEW, rows_per_step=rows), micro_batch_rows=micro, **arguments
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prefetch_of_nothing_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(MixingError, match="prefetch_steps must be positive, found 0"):
+        open_loader(tmp_path / "run", store, begin=NEW, micro_batch_rows=4, prefetch_steps=0)
 
 
 def test_other_settings_and_another_store_are_refused(store: TokenStore, tmp_path: Path) -> None:

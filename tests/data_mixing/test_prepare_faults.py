@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -185,6 +186,19 @@ def test_a_second_preparation_of_the_same_output_is_refused(tmp_path: Path) -> N
     with exclusive(tmp_path / "s.building"), pytest.raises(DataError, match="another process is at work here"):
         prepare(config, tmp_path)
     assert prepare(config, tmp_path).made
+
+
+def test_a_file_system_without_locks_is_told_of_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No such file system is here, so the call is replaced."""
+
+    def no_locks(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with exclusive(tmp_path / "s.building"):
+        assert "s.building: no file locks here (Function not implemented)" in caplog.text
 
 
 def test_leftovers_of_other_input_are_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
