@@ -6,15 +6,19 @@ meanwhile. Memory is what each process has of its own (RssAnon): pages of the to
 kernel's cache and are told apart.
 
 A history keeps every policy, because it is the record; nothing else may grow. So that the two can be told apart,
-decisions are held in every other phase, and memory after a warm-up is fitted by `start + hours * slope + commits *
-size`. The slope must be shown to be below its limit, which is stated: exit status 1 when it is not.
+decisions are held in every other phase. What grows in a held phase, once it has settled, grows with time; what is added
+from the end of one to the end of the next, beyond that, is the record of the policies between. Each is the median over
+phases, with its distribution-free confidence: a leak is in every phase, a heap takes a step now and then. Both must be
+shown to be below their limits, which are stated: exit status 1 when they are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -45,13 +49,17 @@ SUBMIT_EVERY_S, SAMPLE_EVERY_S, TELL_EVERY_S = 60.0, 10.0, 300.0
 NUM_ROWS = {f"domain-{i}": 2000 * (i + 1) for i in range(6)}
 ONLINE = {"kind": "odm", "round_steps": 500, "decide": "bridge"}
 PROCESSES = ("trainer", "controller", "host")
-WARM_UP, NUM_PHASES = 0.2, 16
+NUM_PHASES, NUM_WARM_UP = 24, 2
+"""The first phases are left out. Eleven held ones remain, and ten times from one to the next: their intervals need
+neither the least nor the greatest."""
+SETTLES = 0.6
+"""Part of a held phase in which the heap takes the step of the first looks at the journal that are a minute apart."""
 MAX_MIB_AN_HOUR = 4.0
 """At 100 steps a second: 12 bytes a step, which a run of a million steps would not notice."""
 MAX_KB_A_COMMIT = 32.0
 MAX_GROWTH_OF_RATES = 1.1
 """Bytes of journal and metrics a step, of the second half to the first."""
-Z_95 = 1.96
+CONFIDENCE = 0.95
 
 
 @dataclass
@@ -68,21 +76,23 @@ class Sample:
     num_entries: int
 
 
+Interval = tuple[float, float, float]
+"""Low, median, high."""
+
+
 @dataclass(frozen=True)
 class Growth:
-    """Memory of a process: MiB an hour and kB a commit, each with its 95 % confidence."""
+    """Memory of a process: MiB an hour and kB a commit, each as (low, median, high)."""
 
-    slope: float
-    slope_error: float
-    commit_kb: float
-    commit_kb_error: float
+    slope: Interval
+    commit_kb: Interval
 
     @property
     def verdict(self) -> str:
         """`flat` is shown, `GROWS` is shown, or neither."""
-        if self.slope - self.slope_error > MAX_MIB_AN_HOUR or self.commit_kb - self.commit_kb_error > MAX_KB_A_COMMIT:
+        if self.slope[0] > MAX_MIB_AN_HOUR or self.commit_kb[0] > MAX_KB_A_COMMIT:
             return "GROWS"
-        is_flat = self.slope + self.slope_error <= MAX_MIB_AN_HOUR
+        is_flat = self.slope[2] <= MAX_MIB_AN_HOUR and self.commit_kb[2] <= MAX_KB_A_COMMIT
         return "flat" if is_flat else "NOT SHOWN to be flat: too short or too noisy"
 
 
@@ -230,17 +240,40 @@ def progress(sample: Sample, seconds_left: float) -> str:
     return f"{sample.step:,} steps, about {seconds_left / 60:.0f} min left; MiB: {memory}"
 
 
-def growth(samples: Sequence[Sample], process: str) -> Growth:
-    """Least squares over the samples; their errors are correlated in time, which widens the confidence (AR(1))."""
-    mib = np.array([sample.mib[process] for sample in samples])
-    table = np.array([[1.0, sample.seconds / 3600, sample.num_commits] for sample in samples])
-    found, *_ = np.linalg.lstsq(table, mib, rcond=None)
-    residual = mib - table @ found
-    correlation = float(np.clip((residual[1:] * residual[:-1]).sum() / np.square(residual).sum(), 0, 0.99))
-    variance = float(np.square(residual).sum()) / max(len(mib) - 3, 1) * (1 + correlation) / (1 - correlation)
-    error = Z_95 * np.sqrt(np.diag(np.linalg.pinv(table.T @ table)) * variance)
-    kb = 2**20 / 1e3
-    return Growth(float(found[1]), float(error[1]), float(found[2]) * kb, float(error[2]) * kb)
+def growth(samples: Sequence[Sample], process: str, seconds: float) -> Growth:
+    """What `process` gains in held phases by time, and from one to the next by commits, of a soak of `seconds`."""
+    phase_s = seconds / NUM_PHASES
+    slopes, ends = [], []
+    for phase in range(1, NUM_PHASES, 2):
+        begin, end = (phase + SETTLES) * phase_s, (phase + 1) * phase_s
+        settled = [sample for sample in samples if begin <= sample.seconds < end]
+        if phase < NUM_WARM_UP or len(settled) < 2:
+            continue
+        mib = [sample.mib[process] for sample in settled]
+        slopes.append(float(np.polyfit([sample.seconds / 3600 for sample in settled], mib, 1)[0]))
+        ends.append(settled[-1])
+    by_time = median_interval(slopes)
+    record = [_kb_a_commit(one, other, process, by_time[1]) for one, other in itertools.pairwise(ends)]
+    return Growth(by_time, median_interval(record))
+
+
+def _kb_a_commit(one: Sample, other: Sample, process: str, slope: float) -> float:
+    """What a commit adds between two samples beyond `slope` MiB an hour."""
+    gained = other.mib[process] - one.mib[process] - slope * (other.seconds - one.seconds) / 3600
+    return gained * 2**20 / 1e3 / max(other.num_commits - one.num_commits, 1)
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """The median, between the two order statistics that hold it with CONFIDENCE; infinite for too few values."""
+    ordered, outside = sorted(values), 0.0
+    for left_out in range(len(ordered) // 2 + 1):
+        outside += 2 * math.comb(len(ordered), left_out) / 2 ** len(ordered)
+        if outside > 1 - CONFIDENCE:
+            break
+    middle = float(np.median(ordered)) if ordered else math.nan
+    if not left_out:
+        return -math.inf, middle, math.inf
+    return ordered[left_out - 1], middle, ordered[-left_out]
 
 
 def show(run: Soak) -> bool:
@@ -250,10 +283,11 @@ def show(run: Soak) -> bool:
     rate = last.step / last.seconds
     print(f"\n{last.step:,} steps in {last.seconds / 60:.0f} min ({rate:.0f} a second), "
           f"{last.num_entries:,} entries of the journal, {last.num_commits:,} commits")  # fmt: skip
-    settled = [sample for sample in run.samples if sample.seconds >= WARM_UP * last.seconds]
-    print(f"memory of its own, after {WARM_UP:.0%} of the time; at most {MAX_MIB_AN_HOUR:g} MiB an hour beside "
-          f"{MAX_KB_A_COMMIT:g} kB a commit, +- is 95 % confidence")  # fmt: skip
-    verdicts = [show_growth(process, first, last, growth(settled, process), rate) for process in PROCESSES]
+    print(f"memory of its own, medians over phases ({CONFIDENCE:.0%} confidence); limits: {MAX_MIB_AN_HOUR:g} MiB an "
+          f"hour, {MAX_KB_A_COMMIT:g} kB a commit")  # fmt: skip
+    verdicts = [
+        show_growth(process, first, last, growth(run.samples, process, last.seconds), rate) for process in PROCESSES
+    ]
     print(f"  token store's pages in the trainer: {first.trainer_files_mib:.1f} to {last.trainer_files_mib:.1f} MiB")
     bounded = [show_rate(what, first, middle, last) for what in ("journal", "metrics")]
     for verb, taken in run.latency_ms.items():
@@ -265,11 +299,15 @@ def show(run: Soak) -> bool:
 
 def show_growth(process: str, first: Sample, last: Sample, found: Growth, rate: float) -> str:
     """One line, and its verdict."""
-    a_step = found.slope * 2**20 / 3600 / rate
-    print(f"  {process:<11}{first.mib[process]:7.1f} to {last.mib[process]:.1f} MiB; "
-          f"{found.slope:+.2f} +- {found.slope_error:.2f} MiB an hour ({a_step:+.1f} bytes a step), "
-          f"{found.commit_kb:.1f} +- {found.commit_kb_error:.1f} kB a commit: {found.verdict}")  # fmt: skip
+    a_step = found.slope[1] * 2**20 / 3600 / rate
+    print(f"  {process:<11}{first.mib[process]:7.1f} to {last.mib[process]:.1f} MiB; {_shown(found.slope)} MiB an hour "
+          f"({a_step:+.1f} bytes a step), {_shown(found.commit_kb)} kB a commit: {found.verdict}")  # fmt: skip
     return found.verdict
+
+
+def _shown(interval: Interval) -> str:
+    low, middle, high = interval
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def show_rate(what: str, first: Sample, middle: Sample, last: Sample) -> bool:
