@@ -29,7 +29,7 @@ from mixwright.data_mixing.entries import Checkpoint
 from mixwright.data_mixing.errors import ConfigError
 from mixwright.data_mixing.plain_data import parse_json
 from mixwright.pretrain.engine import Engine, convert_to_universal
-from mixwright.pretrain.errors import CheckpointMismatch, TrainingError
+from mixwright.pretrain.errors import CheckpointMismatch, RanksApart, TrainingError
 from mixwright.pretrain.loop import Position
 from mixwright.pretrain.ranks import ALONE, Ranks
 
@@ -110,7 +110,8 @@ class Checkpoints:
     def save(self, engine: Engine, position: Position) -> Checkpoint:
         """Write and seal a checkpoint, move `latest`, drop old ones. Collective.
 
-        Raises TrainingError when it cannot be written; the earlier checkpoints stay as they are.
+        Raises TrainingError when it cannot be written, RanksApart when a rank is lost meanwhile; the earlier
+        checkpoints stay as they are.
         """
         tag = f"step-{position.step:08d}"
         if self._ranks.is_leader:
@@ -127,6 +128,8 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             shutil.rmtree(self._folder / tag, ignore_errors=True)
             reason = " ".join(str(error).split())[:200]
+            if _is_of_the_ranks(error):
+                raise RanksApart(f"{self._folder / tag}: a rank was lost while it was written: {reason}") from error
             raise TrainingError(f"{self._folder / tag}: the checkpoint cannot be written: {reason}") from error
         self._ranks.barrier()
         return Checkpoint(step=position.step, tag=tag, digest=f"{position.run_digest:016x}")
@@ -214,6 +217,11 @@ class Checkpoints:
                 f"{self._folder / tag}: was written with training.zero_stage = {seal.zero_stage}, "
                 f"the configuration says {stage}"
             )
+
+
+def _is_of_the_ranks(error: OSError | RuntimeError) -> bool:
+    """Whether a collective failed, which torch tells by its text alone, and not the storage."""
+    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection closed", str(error)) is not None
 
 
 def _tags(folder: Path) -> list[str]:

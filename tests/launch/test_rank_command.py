@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def raising(error: Exception) -> Callable[[], Any]:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
-    monkeypatch.setattr(rank_command.time, "sleep", waited.append)
+    monkeypatch.setattr(rank_command, "time", SimpleNamespace(sleep=waited.append))
     return waited
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch.distributed as dist
 
 from mixwright.pretrain import checkpoint
 from mixwright.pretrain.checkpoint import SEAL, Checkpoints, CheckpointSettings
 from mixwright.pretrain.engine import Engine, start_ranks
+from mixwright.pretrain.errors import TrainingError
 from mixwright.pretrain.loop import Position
 from mixwright.pretrain.ranks import ALONE, Ranks
 from tests.ranks import run_ranks
@@ -164,3 +166,29 @@ def test_ranks_share_the_work_and_agree(tmp_path: Path) -> None:
     assert run_ranks(save_and_find, 2, tmp_path) == [[6, 3, 3, 3]] * 2
     seal = json.loads((tmp_path / "step-00000006" / SEAL).read_text())
     assert sorted(seal["files"]) == sorted(seal["sha256"]) == sorted([*FILES, SHARD])
+
+
+class Vanishes(FilesOnly):
+    """A rank that is lost while it writes."""
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        dist.destroy_process_group()
+        raise OSError("this rank is gone")
+
+
+def save_while_a_rank_is_lost(folder: Path) -> tuple[int, str]:
+    """Exit code and message of each rank."""
+    ranks = start_ranks(lambda _: None)
+    engine = FilesOnly(*FILES) if ranks.is_leader else Vanishes()
+    try:
+        checkpoints_in(folder, ranks=ranks).save(cast("Engine", engine), Position(3, 7, {}))
+    except TrainingError as error:
+        return error.exit_code, str(error)
+    return 0, ""
+
+
+def test_a_rank_that_is_lost_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    """Exit code 70 starts the ranks of a cluster job again, 2 would end it for good."""
+    (code, message), (other, _) = run_ranks(save_while_a_rank_is_lost, 2, tmp_path)
+    assert (code, other) == (70, 2)
+    assert "step-00000003: a rank was lost while it was written: " in message
