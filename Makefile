@@ -88,7 +88,7 @@ $(PEERS)/.installed:
 	for peer in grain torchdata "mosaicml-streaming torchvision"; do $(PEERS)/bin/python -m pip install --quiet $$peer || true; done
 	@touch $@
 
-bench-all: install $(PEERS)/.installed  ## every benchmark beside its peers, into docs/benchmarks.md (about 40 minutes)
+bench-all: install $(PEERS)/.installed  ## every benchmark beside its peers, into docs/benchmarks.md (about 30 minutes)
 	MIXWRIGHT_PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python -m tests.benchmarks.run
 
 docs: install .typecheck/mixwright  ## the documentation as a site, in site/; needs no network

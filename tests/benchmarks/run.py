@@ -24,6 +24,10 @@ from tests.figures import ROOT, commit_of, machine, write_figures
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 PACKAGES = ("torch", "deepspeed", "transformers", "trl", "ray", "datasets", "numpy", "pyarrow")
+QUIET = {
+    "COLUMNS": "140", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1",
+    **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),  # or DeepSpeed tells that it looked for one
+}  # fmt: skip
 ON_CPU = () if torch.cuda.is_available() else ("--shapes", "2048,256,8192", "--rounds", "10")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -66,7 +70,7 @@ def measure(benchmark: Benchmark, commit: str) -> str | None:
     load, began = os.getloadavg()[0], time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", benchmark.module, *benchmark.arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "COLUMNS": "140", "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}, check=False,
+        env={**os.environ, **QUIET}, check=False,
     )  # fmt: skip
     printed = as_text(done.stdout)
     print(printed, flush=True)
