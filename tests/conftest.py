@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -27,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the most slow tests come first: one that begins late would leave the other process without work."""
     slow = Counter(item.path for item in items if any(item.get_closest_marker(name) for name in SLOW_MARKS))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture
+def no_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks. None is here, so the call is replaced."""
+
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
 
 
 @pytest.fixture(scope="session")

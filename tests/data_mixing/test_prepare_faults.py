@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import resource
 import signal
@@ -188,15 +187,8 @@ def test_a_second_preparation_of_the_same_output_is_refused(tmp_path: Path) -> N
     assert prepare(config, tmp_path).made
 
 
-def test_a_file_system_without_locks_is_told_of_and_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No such file system is here, so the call is replaced."""
-
-    def no_locks(file: object, how: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+@pytest.mark.usefixtures("no_file_locks")
+def test_a_file_system_without_locks_is_told_of_and_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with exclusive(tmp_path / "s.building"):
         assert "s.building: no file locks here (Function not implemented)" in caplog.text
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import signal
 import subprocess
@@ -201,15 +199,8 @@ def test_a_call_to_a_closed_port_fails_at_once_and_says_where(tmp_path: Path) ->
     holder.communicate()
 
 
-def test_without_file_locks_there_is_no_service_and_the_line_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No such file system is here, so the call is replaced."""
-
-    def no_locks(file: object, how: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+@pytest.mark.usefixtures("no_file_locks")
+def test_without_file_locks_there_is_no_service_and_the_line_says_what_to_do(tmp_path: Path) -> None:
     told = r"no file locks \(Function not implemented\).*mixing\.service: none"
     with pytest.raises(ServiceUnavailable, match=told), host_lock(tmp_path):
         pass

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -61,3 +62,11 @@ class Silent:
 
 def write_pairs(path: Path, count: int = 45) -> Path:
     return write_rows(path, text_rows(count))
+
+
+def model_and_pairs(factory: pytest.TempPathFactory) -> Path:
+    """A new folder with a model (`model`) and pairs (`pairs.jsonl`)."""
+    folder = factory.mktemp("rpo")
+    write_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl")
+    return folder

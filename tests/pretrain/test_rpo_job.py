@@ -19,7 +19,7 @@ from mixwright.pretrain.rpo.config import load_rpo_config
 from mixwright.pretrain.rpo.job import run_rpo
 from mixwright.pretrain.rpo.pairs import open_pairs
 from tests.pretrain.jobs import digests, finish, metrics, run_job, start_job, wait_for_step, write_config
-from tests.pretrain.rpo_cases import NUM_STEPS, Silent, rpo_tree, write_model, write_pairs
+from tests.pretrain.rpo_cases import NUM_STEPS, Silent, model_and_pairs, rpo_tree, write_model
 
 SCRIPT = "rpo.py"
 ACCELERATE = (
@@ -30,11 +30,7 @@ ACCELERATE = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and pairs."""
-    folder = tmp_path_factory.mktemp("rpo")
-    write_model(folder / "model")
-    write_pairs(folder / "pairs.jsonl")
-    return folder
+    return model_and_pairs(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

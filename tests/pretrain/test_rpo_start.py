@@ -20,7 +20,7 @@ from mixwright.pretrain.rpo.policy import PolicyModel, load_policy
 from mixwright.pretrain.rpo.reference import Pass, reference_log_probs
 from mixwright.pretrain.rpo.start import longest_sequence, prepare, reference_key
 from tests.pretrain.jobs import metrics, run_job, write_config
-from tests.pretrain.rpo_cases import Silent, rpo_tree, write_model, write_pairs
+from tests.pretrain.rpo_cases import Silent, model_and_pairs, rpo_tree, write_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 NO_SAMPLES = {"evaluation__generations": 0, "evaluation__kl_samples": 0}
@@ -29,11 +29,7 @@ GPT2 = {"model_type": "gpt2", "num_attention_heads": 2}
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and pairs."""
-    folder = tmp_path_factory.mktemp("rpo")
-    write_model(folder / "model")
-    write_pairs(folder / "pairs.jsonl")
-    return folder
+    return model_and_pairs(tmp_path_factory)
 
 
 def config_in(folder: Path, home: Path, model: Path | None = None, **changes: Any) -> RpoConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,15 +20,8 @@ def test_a_second_trainer_is_told_who_works_on_the_run(tmp_path: Path) -> None:
         assert (tmp_path / LOCK).read_text().startswith("process ")
 
 
-def test_a_file_system_without_locks_is_told_of_and_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No such file system is here, so the call is replaced."""
-
-    def no_locks(file: object, how: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+@pytest.mark.usefixtures("no_file_locks")
+def test_a_file_system_without_locks_is_told_of_and_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with sole_trainer(tmp_path):
         assert (tmp_path / LOCK).read_text().startswith("process ")
     assert "no file locks here (Function not implemented)" in caplog.text
